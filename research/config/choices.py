@@ -47,9 +47,9 @@ SAME_ARRAYS = {
 }
 # Kinds that compute the same of their arrays, so that they train as one program.
 LOW_RANK = ("lora", "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq")
-# Kinds that change a weight by a low-rank product, so that runs of them can be served
-# over one base.
-LOW_RANK_UPDATES = (*LOW_RANK, "vera")
+# Kinds that a serving bank has room for, so that runs of them share one base: a product
+# of factors changes a weight, and DoRA then multiplies its outputs.
+SHARE_BASE = (*LOW_RANK, "vera", "dora")
 # Each format of frozen weights names a module whose `FORMAT` is a `BaseFormat`.
 BASE_FORMAT_MODULES = {
     "none": "research.weights.representations.plain_array",

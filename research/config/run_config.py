@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from research.config.choices import LOW_RANK_UPDATES
+from research.config.choices import SHARE_BASE
 from research.config.cross_knob_rules import check_effects, check_rules, idle
 from research.config.data_knobs import DataConfig, TextConfig
 from research.config.knob_groups import (
@@ -100,9 +100,9 @@ class Config:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it trains low-rank adapters alone, of which many share one base."""
-        is_low_rank = self.trainable == "lora" and self.lora.kind in LOW_RANK_UPDATES
-        return is_low_rank and not self.lora.full
+        """Whether it trains adapters alone, and such that many share one base."""
+        can_share = self.trainable == "lora" and self.lora.kind in SHARE_BASE
+        return can_share and not self.lora.full
 
     def __post_init__(self) -> None:
         if self.steps == BY_EPOCHS and not self.epochs:

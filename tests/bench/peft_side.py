@@ -77,36 +77,30 @@ def quantize(model: Any, codes: str) -> None:
     model.is_loaded_in_8bit = codes == "int8"
 
 
-def make_model(
-    shape: Path,
-    device: torch.device,
-    rank: int,
-    adapters: str,
-    recompute: bool,
-    codes: str = "",
-) -> Any:
+def make_model(arguments: argparse.Namespace, device: torch.device) -> Any:
     """A Llama of random weights with adapters, ready to train."""
-    fields = json.loads(shape.read_text(encoding="utf-8"))
+    fields = json.loads(arguments.shape.read_text(encoding="utf-8"))
     config = transformers.LlamaConfig.from_dict(fields)
     with device:
         model = transformers.AutoModelForCausalLM.from_config(
             config, attn_implementation="sdpa", dtype=torch.bfloat16
         )
-    if codes:
-        quantize(model, codes)
-    if recompute:
+    if arguments.quantize:
+        quantize(model, arguments.quantize)
+    if arguments.recompute:
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
     lora = peft.LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
+        r=arguments.rank,
+        lora_alpha=2 * arguments.rank,
+        use_dora=arguments.dora,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
     with device:
         wrapped = peft.get_peft_model(
-            model, lora, autocast_adapter_dtype=adapters == "float32"
+            model, lora, autocast_adapter_dtype=arguments.adapters == "float32"
         )
     return wrapped.train()
 
@@ -181,6 +175,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seq", type=int, default=2048, help="tokens of a row")
     add("--trained", type=float, default=1.0, help="share of positions with a loss")
     add("--rank", type=int, default=16)
+    add("--dora", action=argparse.BooleanOptionalAction, default=False)
     add("--adapters", choices=("float32", "bfloat16"), default="float32")
     add("--recompute", action=argparse.BooleanOptionalAction, default=False)
     add("--device", choices=("cuda", "cpu"), default="cuda")
@@ -199,14 +194,7 @@ def main() -> None:
         )
         sys.exit(2)
     device = torch.device(arguments.device)
-    model = make_model(
-        arguments.shape,
-        device,
-        arguments.rank,
-        arguments.adapters,
-        arguments.recompute,
-        arguments.quantize,
-    )
+    model = make_model(arguments, device)
     made_gb = 0.0
     if device.type == "cuda":
         made_gb = peak_bytes(device) / 1e9
@@ -220,6 +208,7 @@ def main() -> None:
         "device": name,
         "tokens_per_s": arguments.rows * arguments.seq / step_s,
         "step_s": step_s,
+        "seconds": seconds,
         "memory_gb": max(made_gb, held_gb),
         "step_gb": held_gb,
         "positions": counted,

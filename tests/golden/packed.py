@@ -1,24 +1,25 @@
 """Record tiny matrices in codes as their own libraries write and read them.
 
-A part of its own, as `make golden` does not install these libraries. The two last ones
-are needed as sources only, and run without a GPU:
+`make golden` installs the libraries, whose kernels for GPUs are not used, and runs
 
-    python3.11 -m pip install --no-deps bitsandbytes==0.50.2
-    python3.11 -m pip download --no-deps auto-gptq==0.7.1 autoawq==0.2.9   # unpack both
-    PYTHONPATH=autoawq-0.2.9:auto_gptq python3.11 tests/golden/packed.py
+    PYTHONPATH=.venv-torch/packed .venv-torch/bin/python tests/golden/packed.py --check
 
 Each file of `packed/` has the tensors of one module `m` and, as `read`, the matrix
 `[out, in]` that its library computes with. Rows of bitsandbytes are multiples of a
-block: its CPU kernels of 0.50.2 compute other numbers of rows that are not.
+block: its CPU kernels of 0.50.2 compute other numbers of rows that are not. Without
+`--check` the files are written.
 """
 
+import argparse
 import importlib.util
 import sys
+import types
+import warnings
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 FOLDER = Path(__file__).parent / "packed"
 OUT, IN, GROUP = 32, 128, 32
@@ -60,8 +61,13 @@ def scales_and_zeros(groups, symmetric):
 
 
 def record_awq():
-    from awq.modules.linear.gemm import WQLinear_GEMM
-    from awq.utils.packing_utils import dequantize_gemm
+    # Without its `__init__`, which fails beside a later transformers.
+    package = sys.modules["awq"] = types.ModuleType("awq")
+    package.__path__ = [str(found("awq"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from awq.modules.linear.gemm import WQLinear_GEMM
+        from awq.utils.packing_utils import dequantize_gemm
 
     groups = torch.arange(IN) // GROUP
     scales, zeros = (x.T.contiguous() for x in scales_and_zeros(groups, False))
@@ -85,20 +91,23 @@ def record_gptq(symmetric, act_order):
 
 def alone(inner):
     """A module without its package, which fails beside a later transformers."""
-    (file, *_) = (p for folder in sys.path if (p := Path(folder) / inner).is_file())
+    file = found(inner)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+def found(inner):
+    return next(p for folder in sys.path if (p := Path(folder) / inner).exists())
+
+
 def parts_of(module):
     return {f"m.{name}": x.contiguous() for name, x in module.state_dict().items()}
 
 
-def main():
-    FOLDER.mkdir(exist_ok=True)
-    recorded = [
+def recorded():
+    return [
         record_bitsandbytes("nf4", True, torch.bfloat16),
         record_bitsandbytes("nf4", False, torch.float16),
         record_bitsandbytes("fp4", True, torch.float32),
@@ -107,9 +116,35 @@ def main():
         record_gptq(False, False),
         record_gptq(False, True),
     ]
-    for name, tensors in recorded:
-        save_file(tensors, FOLDER / f"{name}.safetensors")
+
+
+def is_stored(name, tensors):
+    """Prints whether the file of that name holds these very tensors."""
+    stored = load_file(FOLDER / f"{name}.safetensors")
+    odd = sorted(tensors.keys() ^ stored.keys())
+    odd += [
+        key
+        for key in sorted(tensors.keys() & stored.keys())
+        if tensors[key].dtype != stored[key].dtype
+        or not torch.equal(tensors[key], stored[key])
+    ]
+    print(f"codes {name}: {'ok' if not odd else 'DIFFERS: ' + ', '.join(odd)}")
+    return not odd
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare with the files")
+    is_check = parser.parse_args().check
+    FOLDER.mkdir(exist_ok=True)
+    agreed = True
+    for name, tensors in recorded():
+        if is_check:
+            agreed &= is_stored(name, tensors)
+        else:
+            save_file(tensors, FOLDER / f"{name}.safetensors")
+    return 0 if agreed else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

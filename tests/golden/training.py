@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 # Those whose merge adds one product to the original weight, and rounds once.
-MERGED = ("lora", "rslora", "dora")
+MERGED = ("lora", "rslora", "dora", "vera")
 
 
 def rows() -> np.ndarray:
@@ -144,7 +144,7 @@ def _compute(case: str) -> tuple[dict[str, Any], Arrays]:
 def _merged(model: Any) -> Arrays:
     """The bits of the adapted weights, merged into a base of bfloat16."""
     for name, parameter in model.named_parameters():
-        if "lora_" not in name:
+        if "lora_" not in name and "vera_" not in name:
             parameter.data = parameter.data.to(torch.bfloat16)
     adapted = sorted(n for n, x in model.named_modules() if hasattr(x, "base_layer"))
     merged = dict(model.merge_and_unload().named_parameters())

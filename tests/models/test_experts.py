@@ -22,7 +22,7 @@ from research.models.parts.experts import ExpertLoad, Router, compute_experts
 from research.models.presets import PRESETS
 from research.models.transformer import Model
 from research.tasks.token_loss_and_metrics import CrossEntropy
-from research.weights.adapters import lora, serving_bank
+from research.weights.adapters import dora, lora, serving_bank
 from research.weights.adapters.adapter_kind import with_own_patterns
 
 MIXED = dataclasses.replace(
@@ -199,12 +199,14 @@ def test_adapters_of_experts_compute_what_merged_weights_do(mixed, weights):
 
 
 def test_each_row_of_a_batch_has_experts_of_its_own_adapter(mixed, weights):
-    config = LoRAConfig(rank=2)
-    factors = lora.adapter_specs(mixed.specs, config)
-    adapted = [
-        lora.adapt(weights, random_adapters(factors, seed), config) for seed in (1, 2)
-    ]
-    params = serving_bank.bank(weights, mixed.specs, adapters=3, rank=2)
+    adapted = []
+    for kind, config in (
+        (lora.KIND, LoRAConfig(rank=2)),
+        (dora.KIND, LoRAConfig(kind="dora", rank=2, targets=("mlp",))),
+    ):
+        factors = random_adapters(kind.specs(mixed.specs, config), len(adapted))
+        adapted.append(kind.adapt(weights, factors, config))
+    params = serving_bank.bank(weights, mixed.specs, adapters=3, rank=2, gains=True)
     for number, each in enumerate(adapted, 1):
         params = serving_bank.set_row(
             params, number, serving_bank.bank_row(params, each)

@@ -8,10 +8,18 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import mesh_sizes, random_adapters
 
-from research.config.run_config import Config, LoRAConfig, ModelConfig, OptimConfig
+from research.config.run_config import (
+    Config,
+    LoRAConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+)
+from research.data.token_batch import Batch
 from research.models.attention_sharding import make_attend
 from research.models.parts.expert_dispatch import mix_experts
 from research.models.parts.expert_sharding import make_mix_experts
@@ -19,6 +27,7 @@ from research.parallel import mesh as meshes
 from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.train.step import optimizers, train_step
 from research.weights import trainable
+from research.weights.parameter_spec import Spec
 
 ONE = (1, 1, 1)
 # A large eps: Adam turns rounding in a gradient near zero into a full-size update.
@@ -59,6 +68,74 @@ def spread(values, specs, mesh):
     # `device_put` shares what already lies in its place, whatever `may_alias` says.
     copies = jax.tree.map(jnp.copy, values)
     return jax.device_put(copies, meshes.shardings(specs, mesh))
+
+
+class OneLogit:
+    """A model whose one logit is `read(weights, ids)`, `[rows, seq]`: losses show it.
+
+    The other one is 0, and the target of every token.
+    """
+
+    architecture = types.SimpleNamespace(vocab=2, embedding_scale=1.0)
+
+    def __init__(self, read):
+        self._read = read
+
+    def hidden(self, weights, tokens, positions, segments):
+        return self._read(weights, tokens)[..., None]
+
+    def hidden_and_load(self, *packed):
+        return self.hidden(*packed), None
+
+    def head(self, weights):
+        return weights
+
+    def logits(self, weights, hidden):
+        return jnp.concatenate([hidden, jnp.zeros_like(hidden)], axis=-1)
+
+    def keys_seen(self, positions):
+        return jnp.zeros(positions.shape)
+
+
+class OneLogitStep:
+    """The real step over `OneLogit`, in two microbatches; it compiles in no time.
+
+    `forward` is that of `Trainable`, `changes` are fields of the step's definition.
+    """
+
+    def __init__(self, forward, read, **changes):
+        made = trainable.Trainable(
+            specs={"w": Spec((1,), ("norm",), n_in=0)}, frozen_specs={},
+            frozen_dtype=None, dtype=None, init=None, forward=forward,
+        )  # fmt: skip
+        mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+        objective = CrossEntropy(groups=1, chunk=4)
+        self._definition = train_step.StepDefinition(
+            OneLogit(read), made, optax.sgd(0.0), mesh, objective, **changes
+        )
+        self._train = jax.jit(
+            functools.partial(train_step.train_step, self._definition)
+        )
+        self._params = {"w": jnp.ones(1)}
+
+    def _batch(self, weights):
+        zeros = np.zeros(weights.shape, np.int32)
+        return Batch(zeros, zeros, weights, zeros + 1, zeros, zeros)
+
+    def loss(self, steps, microbatch):
+        """The loss of one microbatch in the step after `steps` updates."""
+        weights = np.zeros((2, 1, 4), np.float32)
+        weights[microbatch] = 1.0
+        state = train_step.init_state(self._definition, self._params)
+        state = dataclasses.replace(state, step=jnp.int32(steps))
+        metrics = self._train(state, {}, self._batch(weights))[1]
+        return float(metrics["means"]["loss"])
+
+    def held_out(self):
+        evaluate = functools.partial(train_step.eval_step, self._definition)
+        batch = self._batch(np.ones((1, 4), np.float32))
+        found = jax.jit(evaluate)(self._params, {}, batch)["loss"]
+        return float(jnp.sum(found.numerator) / jnp.sum(found.denominator))
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,8 @@ class SwitchModel:
         recorded = SWITCHES / name
         facts = json.loads((recorded / "tensors.json").read_text())
         weights = make_weights(facts["shapes"], facts["seed"], facts["norm_mean"])
-        save_file(weights, folder / "model.safetensors")
+        file = folder / "model.safetensors"
+        save_file(weights, file, metadata={"format": "pt"})
         self.config = json.loads((recorded / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(self.config))
         self.half_error = facts["half_error"]

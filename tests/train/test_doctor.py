@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, in_soak, random_params
+from helpers import TINY, random_params
 
-from research.config.run_config import Config, LoRAConfig, MeshConfig
+from research.config.choices import ADAPTER_MODULES
+from research.config.run_config import Config, LoRAConfig, MeshConfig, ModelConfig
 from research.core.errors import UserError
 from research.data.instructions.instruction_dataset import PackedDocuments
 from research.data.instructions.packing import TokenizedDocument
@@ -22,6 +23,9 @@ from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.train import doctor
 from research.train.step import optimizers, train_step
 from research.weights import trainable
+from research.weights.adapters.adapter_kind import InputDirections
+from research.weights.contraction import contract, materialize
+from research.weights.parameter_spec import Spec
 
 STOP = 7
 
@@ -57,27 +61,71 @@ def test_masks_of_all_or_nothing_are_seen():
         assert found.trained in (0, found.real)
 
 
-def make_job(kind):
-    """A definition, a base and adapters at their start, on few small matrices."""
-    targets = ("attention", "mlp") if kind == "lora" else ("output", "mlp.up")
-    config = Config(lora=LoRAConfig(rank=2, kind=kind, targets=targets))
+class TwoMatrices:
+    """As much of a model as the doctor asks for; it compiles in no time."""
+
+    architecture = types.SimpleNamespace(vocab=8, experts=None)
+    options = types.SimpleNamespace(dtype=jnp.dtype("float32"))
+    specs = types.MappingProxyType(
+        {"layers.w": Spec((2, 8, 6), ("layers", "embed", "mlp"), stacked=1)}
+    )
+
+    def hidden(self, weights, tokens, positions, segments):
+        rows = jax.nn.one_hot(tokens, 8)
+        multiply = jax.vmap(lambda w: contract(rows, w))
+        return jnp.sum(multiply(weights["layers.w"]), 0)
+
+
+def make_job(kind, model):
+    """A definition, a base and adapters at their start."""
+    coded = {"quantize": "int8"} if kind == "loftq" else {}
+    lora = LoRAConfig(rank=2, kind=kind, targets=("layers",))
+    config = Config(lora=lora, model=ModelConfig(dtype="float32", **coded))
     mesh = meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    model = Model(TINY)
     parts = trainable.make(config.trainable, config.model, config.lora, model.specs)
     definition = train_step.StepDefinition(
         model, parts, optimizers.make_optimizer(config.optim, 2, parts.specs), mesh, 8
     )
-    base = random_params(model.specs)
-    return definition, base, jax.jit(parts.init)(jax.random.key(0), base)
+    weights = random_params(model.specs)
+    base = {p: parts.store(p, x, model.specs[p]) for p, x in weights.items()}
+    inputs = {
+        path: InputDirections(*starts_of(factors["a"]))
+        for path, factors in (parts.specs if kind == "eva" else {}).items()
+    }
+    start = base
+    if kind == "loftq":
+        start = {path: lost(weights, base, path) for path in parts.specs}
+    return definition, base, jax.jit(parts.init)(jax.random.key(0), start, inputs)
+
+
+def starts_of(a):
+    """The first axes, and what each explains; as if inputs of a matrix varied so."""
+    stack, inputs, rank = a.as_matrix.shape
+    shares = np.geomspace(0.5, 0.1, stack * rank, dtype=np.float32)
+    return np.tile(np.eye(inputs, rank, dtype=np.float32), (stack, 1, 1)), (
+        shares.reshape(rank, stack).T
+    )
+
+
+def lost(weights, base, path):
+    return weights[path] - materialize(base[path])
 
 
 @pytest.fixture(scope="module")
 def lora_job():
-    return make_job("lora")
+    return make_job("lora", Model(TINY))
+
+
+# The base model as its files are open.
+BASE = types.SimpleNamespace(
+    name="b",
+    fingerprint="f",
+    tokenizer=types.SimpleNamespace(vocab_size=1, fingerprint="t"),
+)
 
 
 def failed(*args):
-    return [f.name for f in doctor._examine_adapters(*args) if not f.ok]
+    return [f.name for f in doctor.examine_model(BASE, *args) if not f.ok]
 
 
 def test_fresh_adapters_pass(lora_job):
@@ -85,17 +133,29 @@ def test_fresh_adapters_pass(lora_job):
     assert failed(definition, train_step.init_state(definition, adapters), base) == []
 
 
-@pytest.mark.parametrize(
-    "kind, moved",
-    [("dora", "magnitude"), ("pissa", "b0"), in_soak("olora", "a"),
-     in_soak("gaussian", "b"), in_soak("orthogonal", "b")],
-)  # fmt: skip
-def test_each_kind_proves_its_start(kind, moved):
-    definition, base, adapters = make_job(kind)
+# An array of each kind that may not start elsewhere.
+MOVED = {
+    "dora": "magnitude", "pissa": "b0", "olora": "a", "vera": "lambda_b", "lora": "b",
+    "gaussian": "b", "orthogonal": "b", "eva": "b", "loftq": "b",
+}  # fmt: skip
+
+
+def test_every_kind_is_among_them():
+    assert MOVED.keys() == ADAPTER_MODULES.keys()
+
+
+@pytest.mark.parametrize("kind", MOVED)
+def test_each_kind_proves_its_start(kind, monkeypatch):
+    definition, base, adapters = make_job(kind, TwoMatrices())
+    if kind == "loftq":  # There is no file.
+        weights = random_params(definition.model.specs)
+        monkeypatch.setattr(
+            doctor, "lost_in_codes", lambda *given: lost(weights, base, given[2])
+        )
     state = train_step.init_state(definition, adapters)
     assert failed(definition, state, base) == []
-    path = next(iter(adapters))
-    odd = adapters | {path: adapters[path] | {moved: adapters[path][moved] + 0.1}}
+    path, name = min(adapters), MOVED[kind]
+    odd = adapters | {path: adapters[path] | {name: adapters[path][name] + 0.1}}
     state = train_step.init_state(definition, odd)
     assert failed(definition, state, base) == [f"{kind} at step 0"]
 
@@ -155,11 +215,9 @@ def test_the_size_of_a_product_with_the_head_is_stated(lora_job):
 def test_weights_to_start_from_that_are_not_finite_are_seen(lora_job):
     whole = dataclasses.replace(lora_job[0].trainable, kind=None)
     definition = dataclasses.replace(lora_job[0], trainable=whole)
-    tokenizer = types.SimpleNamespace(vocab_size=1, fingerprint="t")
-    base = types.SimpleNamespace(name="b", fingerprint="f", tokenizer=tokenizer)
     for value, remedies in ((2.0, []), (math.nan, ["w"])):
         params = {"u": jnp.ones(2), "w": jnp.array([1.0, value])}
         state = train_step.TrainState(jnp.int32(0), params, ())
-        findings = doctor.examine_model(base, definition, state, {})
+        findings = doctor.examine_model(BASE, definition, state, {})
         said = [f.remedy.rpartition("not finite: ")[2] for f in findings if not f.ok]
         assert said == remedies

@@ -1,26 +1,20 @@
 """A step means the same on every mesh, in every split of the batch."""
 
 import dataclasses
-import functools
 import math
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from helpers import close, in_soak, mesh_sizes, random_adapters
-from step_definitions import ONE, make_definition, spread
+from step_definitions import ONE, OneLogitStep, make_definition, spread
 
 from research.checkpoints.checkpointer import Checkpointer
-from research.config.run_config import CheckpointConfig, MeshConfig
+from research.config.run_config import CheckpointConfig
 from research.data.token_batch import Batch
 from research.parallel import mesh as meshes
-from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.train.step import train_step
-from research.weights import trainable
-from research.weights.parameter_spec import Spec
 
 
 @pytest.fixture
@@ -220,59 +214,14 @@ def test_a_checkpoint_goes_to_either_memory(run, tmp_path, before, after):
         assert new.sharding.memory_kind == abstract.sharding.memory_kind
 
 
-class Noise:
-    """A model whose one logit is what its parameters say: losses show the key."""
-
-    architecture = types.SimpleNamespace(vocab=2)
-
-    def hidden(self, weights, tokens, positions, segments):
-        return jnp.full((*tokens.shape, 1), weights["noise"])
-
-    def hidden_and_load(self, *packed):
-        return self.hidden(*packed), None
-
-    def head(self, weights):
-        return weights
-
-    def logits(self, weights, hidden):
-        return jnp.concatenate([hidden, jnp.zeros_like(hidden)], axis=-1)
-
-    def keys_seen(self, positions):
-        return jnp.zeros(positions.shape)
-
-
 def test_dropout_differs_by_step_and_microbatch_and_is_off_in_evaluation():
     def forward(params, frozen, key):
         return {"noise": jnp.zeros(()) if key is None else jax.random.uniform(key)}
 
-    made = trainable.Trainable(
-        specs={"w": Spec((1,), ("norm",), n_in=0)}, frozen_specs={},
-        frozen_dtype=None, dtype=None, init=None, forward=forward,
-    )  # fmt: skip
-    mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
-    definition = train_step.StepDefinition(
-        Noise(), made, optax.sgd(0.0), mesh, CrossEntropy(groups=1, chunk=4)
+    step = OneLogitStep(
+        forward, lambda weights, ids: jnp.full(ids.shape, weights["noise"])
     )
-    ids = np.zeros((2, 1, 4), np.int32)
-    train = jax.jit(functools.partial(train_step.train_step, definition))
-
-    params = {"w": jnp.ones(1)}
-
-    def loss(steps, microbatch):
-        weights = np.zeros(ids.shape, np.float32)
-        weights[microbatch] = 1.0
-        state = train_step.init_state(definition, params)
-        state = dataclasses.replace(state, step=jnp.int32(steps))
-        return float(
-            train(state, {}, Batch(ids, ids, weights, ids, ids, ids))[1]["means"][
-                "loss"
-            ]
-        )
-
-    seen = {loss(steps, part) for steps in (0, 1) for part in (0, 1)}
+    seen = {step.loss(steps, part) for steps in (0, 1) for part in (0, 1)}
     assert len(seen) == 4
-    assert loss(1, 1) in seen
-    one = Batch(ids[0], ids[0], np.ones((1, 4), np.float32), ids[0], ids[0], ids[0])
-    evaluate = jax.jit(functools.partial(train_step.eval_step, definition))
-    found = evaluate(params, {}, one)
-    np.testing.assert_allclose(found["loss"].numerator, 4 * np.log(2.0), rtol=1e-6)
+    assert step.loss(1, 1) in seen
+    np.testing.assert_allclose(step.held_out(), np.log(2.0), rtol=1e-6)

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import in_soak
-from step_definitions import ONE, make_definition, spread
+from step_definitions import ONE, OneLogitStep, make_definition, spread
 
 from research.parallel import mesh as meshes
 from research.train.step import train_step
@@ -48,7 +47,24 @@ def test_rows_are_noisy_within_the_bound_and_a_tied_head_is_not():
         lookup(noisy, ids[:1], jnp.float32)
 
 
-@pytest.mark.parametrize("sizes", [ONE, in_soak((2, 2, 2))], ids=str)
+def test_noise_differs_by_step_and_microbatch_and_is_off_in_evaluation():
+    def read(weights, ids):
+        return jnp.sum(lookup(weights[train_step.TABLE], ids, jnp.float32), -1)
+
+    def forward(params, frozen, key):
+        return {train_step.TABLE: jnp.zeros((2, 4))}
+
+    step = OneLogitStep(forward, read, noise_alpha=ALPHA)
+    seen = {step.loss(steps, part) for steps in (0, 1) for part in (0, 1)}
+    assert len(seen) == 4
+    assert step.loss(1, 1) in seen  # As after a resume.
+    np.testing.assert_allclose(step.held_out(), np.log(2.0), rtol=1e-6)
+    quiet = OneLogitStep(forward, read)
+    np.testing.assert_allclose(quiet.loss(0, 0), np.log(2.0), rtol=1e-6)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("sizes", [ONE, (2, 2, 2)], ids=str)
 def test_a_step_is_noisy_in_the_same_way_again_and_evaluation_never(
     sizes, model, params, batch
 ):

@@ -187,9 +187,10 @@ def test_twenty_steps_follow_those_of_peft(case):
             )
 
 
-@pytest.mark.parametrize("case", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("case", ["lora", "rslora", "dora", "vera"])
 def test_a_merge_in_bfloat16_has_the_bits_of_peft(case):
     config, adapters = config_of(case), factors_of(case, "final")
+    adapters = {p: own | adapters[p] for p, own in started(case)[2].items()}
     params = {path: base()[1][path].astype(jnp.bfloat16) for path in adapters}
     merged = find_kind(config.kind).merge(params, adapters, config)
     for path, value in merged.items():

@@ -13,21 +13,28 @@ from research.config.run_config import LoRAConfig
 from research.core.errors import UserError
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
-from research.weights.adapters import lora, serving_bank
-from research.weights.contraction import contract, lookup, transpose
+from research.weights.adapters import serving_bank
+from research.weights.adapters.adapter_registry import find_kind
+from research.weights.contraction import contract, lookup, materialize, transpose
 from research.weights.parameter_spec import Spec
 from research.weights.representations import adapter_bank
 from research.weights.representations.adapter_bank import AdapterBank
 from research.weights.representations.leaf import Leaf
 from research.weights.representations.low_rank import LowRank
 
-# Ranks, targets and scales differ.
+# Ranks, targets, scales and kinds differ.
 CONFIGS = (
     LoRAConfig(rank=4, alpha=8.0),
     LoRAConfig(rank=2, alpha=1.0, targets=("query", r"mlp\.down", "embedding")),
-    LoRAConfig(rank=3, alpha=6.0, rank_pattern=("output=1",), targets=(".",)),
+    LoRAConfig(
+        kind="dora",
+        rank=3,
+        alpha=6.0,
+        rank_pattern=("output=1",),
+        targets=("query", "output", "embedding"),
+    ),
 )
-ROOM = {"adapters": 4, "rank": 4}
+ROOM = {"adapters": 4, "rank": 4, "gains": True}
 CHOICE = (2, 0, 3, 1)
 TIED = Model(dataclasses.replace(TINY, tied_head=True))
 
@@ -39,17 +46,20 @@ def adapted(model, index):
     if not index:
         return params
     config = CONFIGS[index - 1]
-    factors = random_adapters(lora.adapter_specs(model.specs, config), seed=index)
-    return lora.adapt(params, factors, config)
+    kind = find_kind(config.kind)
+    factors = random_adapters(kind.specs(model.specs, config), seed=index)
+    if kind.has_gains:  # Lengths that differ from those of the weights by a tenth.
+        lengths = {path: own["magnitude"] for path, own in factors.items()}
+        for path, own in kind.off(factors, params).items():
+            factors[path]["magnitude"] = own["magnitude"] * (1 + lengths[path])
+    return kind.adapt(params, factors, config)
 
 
 def merged(model, index):
     """As `adapted`, in plain arrays: one program computes all of them."""
     whole = {}
     for path, leaf in adapted(model, index).items():
-        if isinstance(leaf, LowRank):
-            leaf = np.asarray(leaf.base) + np.asarray(leaf.update())
-        whole[path] = leaf
+        whole[path] = np.asarray(materialize(leaf))
     return whole
 
 
@@ -138,7 +148,7 @@ def test_a_row_depends_on_nothing_but_its_adapter(monkeypatch, gathers):
 def test_a_single_row_computes_with_its_adapter_alone(model):
     """A chunk of one prompt costs what one adapter costs, and gives the same values."""
     params = full_bank(model)
-    for index in (0, 2):
+    for index in (0, 2, 3):
         weights = serving_bank.rows(params, jnp.array([index]))
         assert not any(isinstance(leaf, AdapterBank) for leaf in weights.values())
         close(
@@ -220,6 +230,9 @@ def test_what_has_no_room_is_refused_in_one_sentence(model):
         serving_bank.bank_row(narrow, adapted(model, 1))
     with pytest.raises(UserError, match=r"changes embedding.table, and .* room only"):
         serving_bank.bank_row(narrow, adapted(model, 2))
+    path = "layers.attention.query.kernel"
+    with pytest.raises(UserError, match=r"kernel is DoRA, and .* room only for low-ra"):
+        serving_bank.bank_row(narrow, {path: adapted(model, 3)[path]})
     with pytest.raises(UserError, match="is a OtherLeaf, and only low-rank updates"):
         serving_bank.bank_row(narrow, {"layers.mlp.up.kernel": OtherLeaf()})
     path = "layers.mlp.down.kernel"
@@ -248,8 +261,8 @@ def test_matrices_of_every_shape_from_both_sides(shape, n_in):
     rng = np.random.default_rng(0)
     spec = Spec(shape, ("embed", "heads", "head_dim")[: len(shape)], n_in)
     w = jnp.float32(rng.normal(size=shape))
-    whole = serving_bank.bank({"w": w}, {"w": spec}, 3, 2, paths=["w"])["w"]
-    drawn = {x: getattr(whole, x).shape for x in ("a", "b", "scale")}
+    whole = serving_bank.bank({"w": w}, {"w": spec}, 3, 2, paths=["w"], gains=True)["w"]
+    drawn = {x: getattr(whole, x).shape for x in ("a", "b", "scale", "stretch")}
     drawn = {x: jnp.float32(rng.normal(size=size)) for x, size in drawn.items()}
     whole = dataclasses.replace(whole, **drawn)
     choice = jnp.array([1, 2, 2, 0])

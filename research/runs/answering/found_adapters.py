@@ -245,7 +245,7 @@ def find_adapters(address: RunAddress, base: Base) -> FoundRun | FoundFolder:
 def why_base(folder: RunDir) -> str:
     """Why a run that is no adapter alone stands for a base model, as a clause."""
     config = folder.config()
-    what = f"adapters of kind {config.lora.kind!r}, which are no low-rank update"
+    what = f"adapters of kind {config.lora.kind!r}, which share no base with others"
     if config.trainable == "full":
         what = "all its parameters"
     elif config.lora.full:

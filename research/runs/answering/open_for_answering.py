@@ -350,6 +350,7 @@ def _with_bank(
 ) -> Params:
     """The parameters with a bank for `adapters` beside the base."""
     targets: set[str] = set()
+    gains = any(run.trainable.kind.has_gains for run in runs)
     for run in runs:
         kind, specs = run.trainable.kind, run.trainable.specs
         targets |= specs.keys()
@@ -370,6 +371,7 @@ def _with_bank(
         adapters + 1,
         rank,
         paths=targets | layers,
+        gains=gains,
         dtype=opened.model.options.dtype,
         zeros=zeros,
     )

@@ -68,6 +68,7 @@ class AdapterKind(abc.ABC):
       name: value of `config.lora.kind`.
       is_exact: the start is a no-op to the last bit; else as far as rounding allows.
       reads_inputs: it starts from what `init` gets as `inputs`.
+      has_gains: it also multiplies each output, see `WeightDecomposed`.
       reads_lost: it starts from what codes of the base have lost: no no-op.
     """
 
@@ -75,6 +76,7 @@ class AdapterKind(abc.ABC):
     is_exact: bool = True
     reads_inputs: bool = False
     reads_lost: bool = False
+    has_gains: bool = False
 
     # A kind defines these methods, each about one matrix.
 

@@ -33,6 +33,7 @@ class DoRA(LoRA):
 
     name = "dora"
     is_exact = False  # Two programs may round a length in two ways.
+    has_gains = True
 
     def matrix_specs(self, spec: Spec, rank: int) -> dict[str, Spec]:
         split = spec.stacked + spec.n_in

@@ -22,11 +22,13 @@ from research.core.errors import UserError
 from research.weights.parameter_spec import Spec
 from research.weights.representations.adapter_bank import AdapterBank
 from research.weights.representations.low_rank import LowRank
+from research.weights.representations.weight_decomposed import WeightDecomposed
 
 Array = jax.Array
 Params = dict[str, Any]
+Factors = dict[str, Array]
 # The factors of one adapter by path, padded to the shapes of the bank.
-Row = dict[str, dict[str, Array]]
+Row = dict[str, Factors]
 
 
 def bank_specs(spec: Spec, adapters: int, rank: int) -> dict[str, Spec]:
@@ -41,6 +43,7 @@ def bank_specs(spec: Spec, adapters: int, rank: int) -> dict[str, Spec]:
         "a": beside(size, slice(stack, split)),
         "b": beside(size, slice(split, None)),
         "scale": beside(adapters, slice(0, 0)),
+        "stretch": beside(adapters, slice(split, None)),
     }
 
 
@@ -51,6 +54,7 @@ def bank(
     rank: int,
     *,
     paths: Collection[str] = (),
+    gains: bool = False,
     dtype: Any = jnp.float32,
     zeros: Callable[[Spec, Any], Array] = lambda spec, dtype: jax.device_put(
         np.zeros(spec.shape, dtype)
@@ -64,6 +68,7 @@ def bank(
       adapters: how many can be chosen from, the base as number 0 included.
       rank: the largest that an adapter can have.
       paths: of the matrices that adapters may change; by default those of the layers.
+      gains: whether there is room for adapters that multiply outputs, as DoRA does.
       dtype: of the factors; that of activations loses nothing, see `LowRank`.
       zeros: `(spec, dtype) -> array`, makes an array where it will lie.
     """
@@ -73,14 +78,16 @@ def bank(
     with_bank = dict(params)
     for path in sorted(paths):
         own = bank_specs(specs[path], adapters - 1, rank)
-        scale = zeros(own.pop("scale"), jnp.float32)
-        factors = {name: zeros(spec, dtype) for name, spec in own.items()}
-        with_bank[path] = AdapterBank(params[path], **factors, scale=scale)
+        if not gains:
+            del own["stretch"]
+        dtypes = {"a": dtype, "b": dtype}
+        arrays = {x: zeros(own[x], dtypes.get(x, jnp.float32)) for x in own}
+        with_bank[path] = AdapterBank(params[path], **arrays)
     return with_bank
 
 
 def bank_row(params: Params, adapted: Mapping[str, Any]) -> Row:
-    """The low-rank updates of `adapted`, padded with zeros to the shapes of the bank.
+    """The adapters of `adapted`, padded with zeros to the shapes of the bank.
 
     They are padded where they lie: no host needs all of a factor, and nothing is
     compiled.
@@ -97,10 +104,11 @@ def bank_row(params: Params, adapted: Mapping[str, Any]) -> Row:
     banks = {p: leaf for p, leaf in params.items() if isinstance(leaf, AdapterBank)}
     changed = {p: leaf for p, leaf in adapted.items() if not isinstance(leaf, Array)}
     for path, leaf in changed.items():
-        if type(leaf) is not LowRank:
+        gained = type(leaf) is WeightDecomposed
+        if type(leaf.inner if gained else leaf) is not LowRank:
             raise UserError(
                 f"the adapter of {path} is a {type(leaf).__name__}, and only low-rank "
-                "updates fit beside others in one batch: export the run with "
+                "updates and DoRA fit beside others in one batch: export the run with "
                 "--format=hf, or merge the adapter folder with PEFT, and serve that "
                 "model"
             )
@@ -109,7 +117,13 @@ def bank_row(params: Params, adapted: Mapping[str, Any]) -> Row:
                 f"the adapter changes {path}, and this server has room only for "
                 f"adapters of {', '.join(banks)}: start it with this run"
             )
-        if (rank := leaf.a.shape[-1]) > banks[path].rank:
+        if gained and banks[path].stretch is None:
+            raise UserError(
+                f"the adapter of {path} is DoRA, and this server has room only for "
+                "low-rank updates: start it with this run"
+            )
+        low = leaf.inner if gained else leaf
+        if (rank := low.a.shape[-1]) > banks[path].rank:
             raise UserError(
                 f"the adapter of {path} has rank {rank}, and this server has room for "
                 f"ranks up to {banks[path].rank}: start it with this run"
@@ -161,9 +175,7 @@ def rows(params: Params, choice: Array) -> Params:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(
-    banks: dict[str, dict[str, Array]], row: Row, index: Array
-) -> dict[str, dict[str, Array]]:
+def _write(banks: dict[str, Factors], row: Row, index: Array) -> dict[str, Factors]:
     def one(whole: Array, part: Array) -> Array:
         # In units of `part`; 0 in every axis in which they do not differ.
         starts = [
@@ -175,24 +187,26 @@ def _write(
     return jax.tree.map(one, banks, row)
 
 
-def _padded(own: AdapterBank, leaf: LowRank | None) -> dict[str, Array]:
-    axis, rank = own.scale.ndim - 1, own.rank
+def _padded(own: AdapterBank, leaf: LowRank | WeightDecomposed | None) -> Factors:
+    axis = own.scale.ndim - 1
+    sizes = {"a": own.rank, "b": own.rank, "scale": 1}
+    if own.stretch is not None:
+        sizes["stretch"] = 1
+    found: dict[str, Any] = {}
+    if isinstance(leaf, WeightDecomposed):
+        found["stretch"] = jnp.expand_dims(leaf.gain - 1, axis)
+        leaf = leaf.inner
+    if leaf is not None:
+        found |= {"a": leaf.a, "b": leaf.b, "scale": leaf.scale[..., None]}
 
-    def empty(x: Array) -> np.ndarray:
-        return np.zeros((*x.shape[:axis], 0, *x.shape[axis + 1 :]), np.float32)
+    def one(name: str, size: int) -> Array:
+        like = getattr(own, name)
+        empty = np.zeros((*like.shape[:axis], 0, *like.shape[axis + 1 :]), np.float32)
+        # The rank of `a` is its last axis, and comes first in the bank.
+        last = like.ndim - 1 if name == "a" and name in found else axis
+        return _widened(found.get(name, empty), like, last, axis, size)
 
-    if leaf is None:
-        a, b, scale = map(empty, (own.a, own.b, own.scale))
-        return {
-            "a": _widened(a, own.a, axis, axis, rank),
-            "b": _widened(b, own.b, axis, axis, rank),
-            "scale": _widened(scale, own.scale, axis, axis, 1),
-        }
-    return {
-        "a": _widened(leaf.a, own.a, own.a.ndim - 1, axis, rank),
-        "b": _widened(leaf.b, own.b, axis, axis, rank),
-        "scale": _widened(leaf.scale[..., None], own.scale, axis, axis, 1),
-    }
+    return {name: one(name, size) for name, size in sizes.items()}
 
 
 def _widened(x: Any, like: Array, axis: int, moved: int, size: int) -> Array:

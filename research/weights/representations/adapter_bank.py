@@ -17,6 +17,10 @@ from research.weights.representations.grouped_product import Groups
 from research.weights.representations.leaf import Leaf, Matrix
 from research.weights.representations.low_rank import LowRank
 from research.weights.representations.transposed import Transposed
+from research.weights.representations.weight_decomposed import (
+    WeightDecomposed,
+    times_gain,
+)
 
 Array = jax.Array
 
@@ -42,6 +46,10 @@ class AdapterBank(Leaf):
       a: `[*stack, adapters * rank, *in]`.
       b: `[*stack, adapters * rank, *out]`.
       scale: `[*stack, adapters]`.
+      stretch: `[*stack, adapters, *out]` float32, the gain of each output in
+        `WeightDecomposed` less 1, so that zeros are no gain; None in a bank without
+        room for adapters that have one.
+      flipped: the gain is one of inputs, as in a transposed matrix.
       choice: `[*stack, B]` int32, by row of the batch, which is the first axis of
         every input. None until `bound` sets it.
     """
@@ -50,7 +58,9 @@ class AdapterBank(Leaf):
     a: Array
     b: Array
     scale: Array
+    stretch: Array | None = None
     choice: Array | None = None
+    flipped: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,7 +79,7 @@ class AdapterBank(Leaf):
     def bound(self, choice: Array) -> Leaf:
         """The weight for a batch of which row i makes choice `choice[i]`, `[B]` int32.
 
-        For a batch of one row it is the `LowRank` of that adapter, without any other.
+        For a batch of one row it is the leaf of that adapter, without any other.
         """
         stack = self.scale.shape[:-1]
         if choice.shape[0] > 1:
@@ -82,31 +92,47 @@ class AdapterBank(Leaf):
             slice_size=self.rank,
             axis=len(stack),
         )
-        scale = jax.lax.dynamic_index_in_dim(self.scale, n, axis=-1, keepdims=False)
-        return LowRank(
+        index = functools.partial(
+            jax.lax.dynamic_index_in_dim, index=n, axis=len(stack), keepdims=False
+        )
+        is_own = choice[0] > 0
+        own = LowRank(
             self.base,
             Transposed(part(self.a)),
             part(self.b),
-            jnp.where(choice[0] > 0, scale, 0),
+            jnp.where(is_own, index(self.scale), 0),
         )
+        if self.stretch is None:
+            return own
+        return WeightDecomposed(own, 1 + jnp.where(is_own, index(self.stretch), 0))
 
     def contract(self, x: Array, n_in: int, dtype: Any) -> Array:
-        return contract(x, self.base, n_in, dtype) + self._update(x, n_in, dtype)
+        if self.flipped:
+            x = self._with_gain(x)
+        y = contract(x, self.base, n_in, dtype) + self._update(x, n_in, dtype)
+        return y if self.flipped else self._with_gain(y)
 
     def contract_groups(self, x: Array, groups: Groups, dtype: Any) -> Array:
+        choice = self.choice[0][groups.origins]
         low = contract_groups(x, Transposed(self.a), groups)
-        low = self._own(low, self.choice[0][groups.origins], self.scale[groups.owners])
+        low = self._own(low, choice, self.scale[groups.owners])
         base = contract_groups(x, self.base, groups, dtype)
-        return base + contract_groups(low, self.b, groups, dtype)
+        y = base + contract_groups(low, self.b, groups, dtype)
+        if self.stretch is None:
+            return y
+        stretch = self.stretch[groups.owners, jnp.maximum(choice - 1, 0)]
+        return times_gain(y, 1 + jnp.where(choice[:, None] > 0, stretch, 0))
 
     def lookup(self, ids: Array, dtype: Any) -> Array:
+        if self.flipped:
+            raise NotImplementedError("ids are looked up in a table as it lies")
         low = lookup(Transposed(self.a), ids, dtype)
         low = self._own(low, self.choice, self.scale[None])
-        return lookup(self.base, ids, dtype) + contract(low, self.b)
+        return self._with_gain(lookup(self.base, ids, dtype) + contract(low, self.b))
 
     def transpose(self) -> "AdapterBank":
-        base = transpose(self.base)
-        return dataclasses.replace(self, base=base, a=self.b, b=self.a)
+        base, flipped = transpose(self.base), not self.flipped
+        return dataclasses.replace(self, base=base, a=self.b, b=self.a, flipped=flipped)
 
     def materialize(self) -> Array:
         raise ValueError("a bank stands for another matrix in each row of a batch")
@@ -124,6 +150,15 @@ class AdapterBank(Leaf):
             return contract(contract(x, Transposed(a), n_in) * scale, b, 1, dtype)
 
         return jax.vmap(one)(x, a, b, scale)
+
+    def _with_gain(self, y: Array) -> Array:
+        """`y`, `[B, ..., *out]`, times the gain of the adapter of each row."""
+        if self.stretch is None:
+            return y
+        stretch = self.stretch[jnp.maximum(self.choice - 1, 0)]
+        is_own = jnp.expand_dims(self.choice > 0, range(1, stretch.ndim))
+        gain = 1 + jnp.where(is_own, stretch, 0)
+        return times_gain(y, jnp.expand_dims(gain, range(1, 1 + y.ndim - gain.ndim)))
 
     def _own(self, low: Array, choice: Array, scale: Array) -> Array:
         """`low`, `[rows, ..., adapters * rank]`, scaled; zero for other adapters.

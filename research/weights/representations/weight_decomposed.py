@@ -44,7 +44,7 @@ class WeightDecomposed(Leaf):
 
     def contract(self, x: Array, n_in: int, dtype: Any) -> Array:
         if self.flipped:
-            return contract(_times(x, self.gain), self.inner, n_in, dtype)
+            return contract(times_gain(x, self.gain), self.inner, n_in, dtype)
         return self._decomposed(x, lambda x, w: contract(x, w, n_in, dtype), self.gain)
 
     def contract_groups(self, x: Array, groups: Groups, dtype: Any) -> Array:
@@ -57,7 +57,7 @@ class WeightDecomposed(Leaf):
     def lookup(self, ids: Array, dtype: Any) -> Array:
         if self.flipped:
             return self.materialize()[ids].astype(dtype)
-        return _times(lookup(self.inner, ids, dtype), self.gain)
+        return times_gain(lookup(self.inner, ids, dtype), self.gain)
 
     def transpose(self) -> "WeightDecomposed":
         return dataclasses.replace(
@@ -79,11 +79,11 @@ class WeightDecomposed(Leaf):
     ) -> Array:
         inner = dataclasses.replace(self.inner, key=None, rate=None)
         if self.inner.key is None:
-            return _times(multiply(x, inner), gain)
+            return times_gain(multiply(x, inner), gain)
         # As in PEFT: the frozen weight sees all inputs once, and what is added to that
         # product sees those that are left.
         left = self.inner.dropped(x)
-        added = _times(multiply(left, inner), gain) - multiply(left, inner.base)
+        added = times_gain(multiply(left, inner), gain) - multiply(left, inner.base)
         return multiply(x, inner.base) + added
 
 
@@ -135,7 +135,10 @@ def _mapped(function: Callable[..., Array]) -> Callable[..., Array]:
     return lambda parts: jax.lax.map(function, parts)
 
 
-def _times(x: Array, gain: Array) -> Array:
-    """In float32, as a gain is near 1, where bfloat16 has few numbers."""
+def times_gain(x: Array, gain: Array) -> Array:
+    """`x` times `gain`, whose axes are the last ones of `x`.
+
+    In float32, as a gain is near 1, where bfloat16 has few numbers.
+    """
     gain = jnp.expand_dims(gain, range(x.ndim - gain.ndim))
     return (x.astype(jnp.float32) * gain).astype(x.dtype)

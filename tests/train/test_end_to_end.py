@@ -611,10 +611,9 @@ def test_prompts_longer_than_the_context_do_not_lose_the_report(place, long_prom
 
 
 @pytest.mark.parametrize("module", ["train", "generate"])
-def test_help_is_quick_and_names_everything(place, module):
+def test_help_names_everything(place, module):
     finished = place.run(module, "--help", forked=False)
     assert finished.code == 0
-    assert finished.seconds < 3
     for knob in flat(Config()) if module == "train" else ():
         assert f"--config.{knob}=" in finished.out
     for flag in ("run", "prompt", "step", "compare") if module == "generate" else ():

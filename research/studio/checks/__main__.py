@@ -10,7 +10,6 @@ from research.config import command_line
 from research.config.knobs import knob
 from research.config.run_config import Config
 from research.core.errors import UserError
-from research.studio.checks.row_survey import BLOCK
 
 if TYPE_CHECKING:
     from research.train import doctor
@@ -30,9 +29,7 @@ lengths, copies, dropped rows, and training rows one by one.
 class CheckFlags:
     into: str = knob("", "folder for doctor.json and preview.json", is_path=True)
     rows_only: bool = knob(False, "look at the rows; no parameter is read")
-    first: int = knob(
-        0, f"with rows_only, the first of {BLOCK} rows that rows.json shows", low=0
-    )
+    first: int = knob(0, "with rows_only, the first row that rows.json shows", low=0)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -57,7 +54,7 @@ def _rows(config: Config, folder: Path, first: int) -> "doctor.Examination":
     """Examines the rows alone, and writes what a page shows of them."""
     from research.runs.lineage.base_of_run import open_start
     from research.runs.run_directory import RunDir
-    from research.studio.checks.row_survey import summed_up, write_survey
+    from research.studio.checks.row_survey import BLOCK, summed_up, write_survey
     from research.tasks import task_registry
     from research.train import doctor
 

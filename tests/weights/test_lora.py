@@ -135,7 +135,7 @@ def test_factors_have_the_stack_the_axes_and_the_names_of_their_base(model):
 
 
 def test_init_is_uniform_by_fan_in_and_starts_at_the_base(model):
-    config = LoRAConfig(rank=64, targets=("output", "mlp.down"))
+    config = LoRAConfig(rank=40, targets=("output", "mlp.down"))
     adapters = lora.init(jax.random.key(0), model.specs, config)
     fan_in = {"attention.output": TINY.heads * TINY.head_dim, "mlp.down": TINY.mlp}
     for name, inputs in fan_in.items():
@@ -157,6 +157,18 @@ def test_rank_pattern_overrides_and_the_last_match_wins(model):
     again = ("mlp=2", r"mlp\.down=6", "mlp=3")
     factors = lora.adapter_specs(model.specs, LoRAConfig(rank_pattern=again))
     assert factors["layers.mlp.down.kernel"]["a"].shape[-1] == 3
+
+
+def test_a_rank_above_the_matrix_is_refused_but_in_an_adapter_that_is_there(model):
+    """Other tools have trained it, and fused matrices need the sum of their ranks."""
+    config = LoRAConfig(rank=40, targets=("query", "key"))
+    assert lora.adapter_specs(model.specs, config)[QUERY]["a"].shape[-1] == 40
+    wide = dataclasses.replace(config, rank_pattern=("key=41",))
+    said = r"key.kernel cannot .* is 41, and .*\[40, 40\].*above 40: lower .*rank_pattern"
+    with pytest.raises(UserError, match=said):
+        lora.adapter_specs(model.specs, wide)
+    found = dataclasses.replace(wide, init_from="adapter")
+    assert lora.adapter_specs(model.specs, found)[KEY]["a"].shape[-1] == 41
 
 
 def test_alpha_pattern_scales_its_matches_only(model, params):
@@ -190,7 +202,7 @@ LAYERS = {
     *(ATTENTION.format(x) for x in ("query", "key", "value", "output")),
     *(MLP.format(x) for x in ("gate", "up", "down")),
 }
-QUERY, VALUE = ATTENTION.format("query"), ATTENTION.format("value")
+QUERY, KEY, VALUE = map(ATTENTION.format, ("query", "key", "value"))
 
 
 @pytest.mark.parametrize(

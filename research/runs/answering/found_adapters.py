@@ -139,7 +139,7 @@ def find_folder(folder: Path, base: Base, dtype: str = "") -> FoundFolder:
     model = ModelConfig(init_from=base.name)
     config = Config(
         model=dataclasses.replace(model, dtype=dtype) if dtype else model,
-        lora=adapter.lora_config(LoRAConfig()),
+        lora=adapter.lora_config(LoRAConfig(init_from=str(folder))),
         data=DataConfig(seq_len=min(USUAL_LENGTH, base.architecture.max_position)),
     )
     split = trainable.make("lora", config.model, config.lora, specs)

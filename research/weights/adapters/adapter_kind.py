@@ -133,7 +133,7 @@ class AdapterKind(abc.ABC):
         """The number of stacking axes, from shapes alone."""
 
     def rank_fault(self, spec: Spec, rank: int) -> str:
-        """Why the matrix `spec` cannot have an adapter of this rank, or ""."""
+        """Why the matrix `spec` has no new adapter of this rank, and a remedy; or ""."""
         return ""
 
     def widened(self, config: LoRAConfig) -> LoRAConfig:
@@ -189,8 +189,10 @@ class AdapterKind(abc.ABC):
                     f"lora rank for {path} is {ranks[path]}; it must be a whole number "
                     "from 1"
                 )
-            if fault := self.rank_fault(matrices[path], rank):
-                raise UserError(f"lora rank for {path} is {rank}; {fault}")
+            fault = self.rank_fault(matrices[path], rank)
+            # What another tool has trained is used as it is.
+            if fault and not config.init_from:
+                raise UserError(f"{path} cannot have this adapter: {fault}")
             own = self.matrix_specs(matrices[path], rank)
             adapters[path] = _in_layers(own, config.layers)
         return adapters

@@ -39,6 +39,16 @@ class LoRA(AdapterKind):
 
     name = "lora"
 
+    def rank_fault(self, spec: Spec, rank: int) -> str:
+        inputs, outputs = spec.as_matrix.shape[-2:]
+        if rank <= min(inputs, outputs):
+            return ""
+        return (
+            f"its lora.rank is {rank}, and no update of a matrix [{inputs}, {outputs}] "
+            f"has a rank above {min(inputs, outputs)}: lower config.lora.rank, or the "
+            "rank of this matrix with config.lora.rank_pattern"
+        )
+
     def matrix_specs(self, spec: Spec, rank: int) -> dict[str, Spec]:
         split = spec.stacked + spec.n_in
         stack, stack_axes = spec.shape[: spec.stacked], spec.axes[: spec.stacked]

@@ -54,8 +54,11 @@ class VeRA(AdapterKind):
         }
 
     def rank_fault(self, spec: Spec, rank: int) -> str:
-        return "vera has no adapters of tables: drop it from the targets" * (
-            spec.is_table
+        if not spec.is_table:
+            return ""
+        return (
+            "vera has none for tables: drop it from config.lora.targets, or choose "
+            "another config.lora.kind"
         )
 
     def init(

@@ -50,12 +50,22 @@ class EVA(LoRA):
 
     def rank_fault(self, spec: Spec, rank: int) -> str:
         if "vocab" in spec.axes:
-            return "eva starts at inputs of layers: drop tables and heads from targets"
+            return (
+                "eva starts at the inputs of layers: drop tables and heads from "
+                "config.lora.targets, or choose another config.lora.kind"
+            )
         if spec.stacked > 1:
-            return "eva has no start for experts, each of which sees other tokens"
+            return (
+                "eva has no start for experts, each of which sees other tokens: drop "
+                "them from config.lora.targets, or choose another config.lora.kind"
+            )
         inputs = spec.as_matrix.shape[-2]
         if rank > inputs:
-            return f"with lora.eva_rho it is that, and there are {inputs} directions"
+            return (
+                f"lora.rank x lora.eva_rho is {rank}, and its inputs have only "
+                f"{inputs} directions: lower one of the two, or set "
+                "--config.lora.eva_rho=1"
+            )
         return ""
 
     def specs(self, specs: Mapping[str, Spec], config: LoRAConfig) -> AdapterSpecs:

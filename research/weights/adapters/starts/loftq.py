@@ -29,12 +29,6 @@ class LoftQ(LoRA):
     is_exact = False
     reads_lost = True
 
-    def rank_fault(self, spec: Spec, rank: int) -> str:
-        inputs, outputs = spec.as_matrix.shape[-2:]
-        if rank <= min(inputs, outputs):
-            return ""
-        return f"{self.name} takes it out of a matrix [{inputs}, {outputs}]"
-
     def init_matrix(
         self, key: Array, specs: Mapping[str, Spec], base: Matrix | None, scale: float
     ) -> Factors:

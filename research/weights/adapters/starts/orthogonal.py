@@ -25,7 +25,12 @@ class OrthogonalLoRA(LoRA):
     is_exact = False
 
     def rank_fault(self, spec: Spec, rank: int) -> str:
-        return "an orthogonal start needs an even one" if rank % 2 else ""
+        if rank % 2:
+            return (
+                f"its lora.rank is {rank}, and each factor of an orthogonal start uses "
+                "half of it: make it even"
+            )
+        return super().rank_fault(spec, rank)
 
     def init_matrix(
         self,

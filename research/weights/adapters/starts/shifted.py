@@ -32,12 +32,6 @@ class ShiftedLoRA(LoRA):
     def take(self, weight: Array, rank: int, scale: float) -> tuple[Array, Array]:
         """The start `[in, rank]` and `[rank, out]` of a weight `[in, out]`, float32."""
 
-    def rank_fault(self, spec: Spec, rank: int) -> str:
-        inputs, outputs = spec.as_matrix.shape[-2:]
-        if rank <= min(inputs, outputs):
-            return ""
-        return f"{self.name} takes it out of a matrix [{inputs}, {outputs}]"
-
     def matrix_specs(self, spec: Spec, rank: int) -> dict[str, Spec]:
         own = super().matrix_specs(spec, rank)
         fixed = {f"{x}0": dataclasses.replace(own[x], fixed=True) for x in own}

@@ -33,10 +33,26 @@ def kept_kinds(
     layers have types without a common one. `load_frozen` says which.
 
     Raises:
-      UserError: the codes of a matrix do not lie along its inputs, or not in blocks.
+      UserError: the codes of a matrix do not lie along its inputs, or not in blocks; or
+        there are none.
     """
-    if quantize != KEEP or not isinstance(tensors, CodedFile):
+    if quantize != KEEP:
         return {}
+    found = {}
+    if isinstance(tensors, CodedFile):
+        found = _kinds(tensors, architecture, specs)
+    if not found:
+        place = "a base of random weights" if tensors is None else tensors.place
+        raise UserError(
+            f"config.model.quantize=keep: {place} holds no matrix in codes that could "
+            "be kept; use --config.model.quantize=nf4, int4, int8 or none"
+        )
+    return found
+
+
+def _kinds(
+    tensors: CodedFile, architecture: Architecture, specs: Mapping[str, Spec]
+) -> dict[str, BlockKind]:
     layout, found = tensors.layout(family_of(architecture)), {}
     there = tensors.shapes().keys()
     for stored in (x for x in layout if {*x.paths} & specs.keys()):
@@ -79,7 +95,7 @@ def say_what_is_kept(
     kinds = {p: x.kind.name for p, x in frozen.items() if isinstance(x, KeptMatrix)}
     plain = [p for p in specs if is_quantizable(specs[p]) and p not in kinds]
     said = ", ".join(f"{n} {k}" for k, n in _counted(kinds.values()))
-    logging.info("weights: codes of the file are kept in %s matrices", said or "no")
+    logging.info("weights: codes of the file are kept in %s matrices", said)
     if plain:
         logging.warning(
             "weights: %s %s not codes of one type in the file, and %s %s",

@@ -140,7 +140,7 @@ def _kept_tensors(config: Config) -> TensorFile | None:
     """
     start = config.model.init_from
     if not start or (not is_hub(start) and RunDir(split_step(start)[0]).is_run):
-        return None  # Numbers, which stay numbers.
+        return None  # Numbers.
     try:
         return _open_tensors(start)
     except UserError as error:

@@ -254,6 +254,15 @@ def test_numbers_of_a_file_stay_numbers_and_are_named(tmp_path, caplog):
     assert parameter_paths.count(frozen) == parameter_paths.count(plain)
 
 
+def test_a_base_without_codes_is_refused(tmp_path):
+    architecture = from_hf_config(WIDE)
+    file = GGUFFile(write_file(tmp_path / "x", architecture, lambda name: None))
+    with pytest.raises(UserError, match=r"/x holds no matrix in codes .*; use .*nf4"):
+        split_of(file, architecture)
+    with pytest.raises(UserError, match=r"random weights holds no matrix in codes"):
+        split_of(None, architecture)
+
+
 def test_a_scale_that_is_not_finite_is_named(tmp_path):
     architecture = from_hf_config(WIDE)
     file = write_file(tmp_path / "x", architecture, lambda name: "Q4_1")

@@ -164,7 +164,9 @@ def test_a_rank_above_the_matrix_is_refused_but_in_an_adapter_that_is_there(mode
     config = LoRAConfig(rank=40, targets=("query", "key"))
     assert lora.adapter_specs(model.specs, config)[QUERY]["a"].shape[-1] == 40
     wide = dataclasses.replace(config, rank_pattern=("key=41",))
-    said = r"key.kernel cannot .* is 41, and .*\[40, 40\].*above 40: lower .*rank_pattern"
+    said = (
+        r"key.kernel cannot .* is 41, and .*\[40, 40\].*above 40: lower .*rank_pattern"
+    )
     with pytest.raises(UserError, match=said):
         lora.adapter_specs(model.specs, wide)
     found = dataclasses.replace(wide, init_from="adapter")
@@ -470,12 +472,18 @@ def test_layers_without_adapters_are_zero_and_not_counted(kind, model, params):
 
 
 @pytest.mark.parametrize(
-    "layers, said",
-    [("0-2", "has 0-2, and .* are 0 to 1"), ("1-0", "has 1-0"), ("a", "is 'a'; give")],
+    "layers, targets, said",
+    [
+        ("0-2", "mlp", "has 0-2, and .* are 0 to 1"),
+        ("1-0", "mlp", "has 1-0"),
+        ("a", "mlp", "is 'a'; give"),
+        ("1", "embedding", r"is '1', and no .* layer \(embedding.table\): name one in"),
+    ],
 )
-def test_layers_that_are_not_there_are_refused(layers, said, model):
+def test_layers_that_are_not_there_are_refused(layers, targets, said, model):
+    config = LoRAConfig(layers=layers, targets=(targets,))
     with pytest.raises(UserError, match=said):
-        lora.adapter_specs(model.specs, LoRAConfig(layers=layers))
+        lora.adapter_specs(model.specs, config)
 
 
 def test_dora_has_no_choice_of_layers():

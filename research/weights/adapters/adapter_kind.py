@@ -17,6 +17,11 @@ import jax.numpy as jnp
 from research.config.knob_groups import LoRAConfig
 from research.core.errors import UserError
 from research.weights import parameter_paths
+from research.weights.adapters.chosen_layers import (
+    chosen_layers,
+    in_layers,
+    only_layers,
+)
 from research.weights.contraction import materialize
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Leaf, Matrix
@@ -133,7 +138,7 @@ class AdapterKind(abc.ABC):
         """The number of stacking axes, from shapes alone."""
 
     def rank_fault(self, spec: Spec, rank: int) -> str:
-        """Why the matrix `spec` has no new adapter of this rank, and a remedy; or ""."""
+        """Why `spec` can have no new adapter of this rank, and a remedy; or ""."""
         return ""
 
     def widened(self, config: LoRAConfig) -> LoRAConfig:
@@ -181,6 +186,7 @@ class AdapterKind(abc.ABC):
         ranks = parameter_paths.numbers_by_pattern(
             targets, config.rank_pattern, config.rank
         )
+        chosen = chosen_layers(config.layers, targets, specs)
         adapters = {}
         for path in targets:
             rank = int(ranks[path])
@@ -190,11 +196,11 @@ class AdapterKind(abc.ABC):
                     "from 1"
                 )
             fault = self.rank_fault(matrices[path], rank)
-            # What another tool has trained is used as it is.
+            # An adapter of another tool is used as it is.
             if fault and not config.init_from:
                 raise UserError(f"{path} cannot have this adapter: {fault}")
             own = self.matrix_specs(matrices[path], rank)
-            adapters[path] = _in_layers(own, config.layers)
+            adapters[path] = in_layers(own, chosen)
         return adapters
 
     def init(
@@ -216,7 +222,9 @@ class AdapterKind(abc.ABC):
         for index, (path, factors) in enumerate(own.items()):
             own_key = jax.random.fold_in(key, index)
             start = self.init_matrix(own_key, factors, base.get(path), scales[path])
-            started[path] = {k: _only(x, factors[k].layers) for k, x in start.items()}
+            started[path] = {
+                k: only_layers(x, factors[k].layers) for k, x in start.items()
+            }
         return started
 
     def ranks(self, adapters: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
@@ -351,38 +359,3 @@ def with_own_patterns(config: LoRAConfig, specs: Mapping[str, Spec]) -> LoRAConf
         rank_pattern=tuple(x for each in config.rank_pattern for x in own(each)),
         alpha_pattern=tuple(x for each in config.alpha_pattern for x in own(each)),
     )
-
-
-def _in_layers(specs: dict[str, Spec], layers: str) -> dict[str, Spec]:
-    """`specs` of one matrix, of which only some layers have an adapter.
-
-    Raises:
-      UserError: `layers` has another form, or names a layer that is not there.
-    """
-    if not layers or not all(spec.axes[0] == "layers" for spec in specs.values()):
-        return specs
-    count, found = next(iter(specs.values())).shape[0], set()
-    for part in map(str.strip, layers.split(",")):
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UserError(
-                f"config.lora.layers is {layers!r}; give numbers and ranges, such as "
-                "0-11 or 0-3,8"
-            )
-        numbers = range(int(first), int(last or first) + 1)
-        if not numbers or numbers[-1] >= count:
-            raise UserError(
-                f"config.lora.layers has {part}, and the layers of this model are 0 to "
-                f"{count - 1}"
-            )
-        found.update(numbers)
-    chosen = tuple(sorted(found))
-    return {name: dataclasses.replace(x, layers=chosen) for name, x in specs.items()}
-
-
-def _only(value: Array, layers: Sequence[int]) -> Array:
-    """Zeros in the other layers: where both factors are, they get no gradient."""
-    if not layers:
-        return value
-    kept = jnp.zeros(value.shape[0], bool).at[jnp.array(layers)].set(True)
-    return jnp.where(jnp.expand_dims(kept, range(1, value.ndim)), value, 0)

@@ -365,7 +365,7 @@ def check_lifted(function, params, kind):
     """The start is the model itself, and training adapters alone lowers the loss."""
     targets, rho = ("kernel",), 1.5 if kind == "eva" else 2.0
     config = LoRAConfig(kind=kind, rank=4, alpha=4.0, targets=targets, eva_rho=rho)
-    specs = lora.specs_of(params)
+    specs = lora.specs_of(params, config)
     x = jnp.float32(np.random.default_rng(0).normal(size=(16, 6)))
     flat = parameter_paths.flatten(params)[0]
     first = next(path for path in flat if "dense0.kernel" in path)

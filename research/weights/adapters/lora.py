@@ -10,23 +10,20 @@ model exactly. Nothing here computes a forward pass:
 
 Models that multiply through `contract` take `adapt`ed parameters as they are, and no
 full-size gradient is ever formed. For any other function of parameters there is
-`lift`, which merges inside. It forms the full weight gradient on the way back, which
-costs about as much time as full fine-tuning, and still trains only the factors.
+`lift`, which merges inside (`lifting.py`).
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from research.config.knob_groups import LoRAConfig
 from research.weights import parameter_paths
-from research.weights.adapters.adapter_kind import AdapterKind, Adapters, Factors
-from research.weights.adapters.adapter_registry import find_kind
+from research.weights.adapters import lifting
+from research.weights.adapters.adapter_kind import AdapterKind, Factors
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Leaf, Matrix
 from research.weights.representations.low_rank import LowRank
@@ -122,38 +119,5 @@ adapt = KIND.adapt
 merge = KIND.merge
 unmerge = KIND.unmerge
 count = parameter_paths.count
-
-
-def lift(function: Callable[..., Any], config: LoRAConfig) -> Callable[..., Any]:
-    """`function(params, ...)` as `lifted(params, adapters, ...)`, for any pytree.
-
-    Works for models that do not use `contract` (another Flax module, a plain function).
-    `params` may be nested; adapters of `config.kind` are keyed by dotted path. They
-    begin with `find_kind(config.kind).init(key, specs_of(params), config, base)`, where
-    `base` is `params` by dotted path.
-    """
-
-    @functools.wraps(function)
-    def lifted(params: Any, adapters: Adapters, *args: Any, **kwargs: Any) -> Any:
-        flat, structure = parameter_paths.flatten(params)
-        merged = find_kind(config.kind).merge(flat, adapters, config)
-        return function(parameter_paths.unflatten(structure, merged), *args, **kwargs)
-
-    return lifted
-
-
-def specs_of(params: Any) -> dict[str, Spec]:
-    """Specs of a foreign model's parameters, for `init` with `lift`.
-
-    Arrays of two or more axes count as matrices that sum over all but their last
-    axis, which is how Flax shapes its dense and convolution kernels.
-    """
-    flat, _ = parameter_paths.flatten(params)
-    return {
-        path: Spec(
-            shape=tuple(leaf.shape),
-            axes=tuple(f"axis{i}" for i in range(leaf.ndim)),
-            n_in=leaf.ndim - 1 if leaf.ndim > 1 else 0,
-        )
-        for path, leaf in flat.items()
-    }
+lift = lifting.lift
+specs_of = lifting.specs_of

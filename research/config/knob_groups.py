@@ -44,7 +44,8 @@ class ModelConfig:
         "none",
         "how frozen matrices are stored while adapters train (QLoRA); none: arrays of "
         "dtype; int8: one byte a weight; nf4, int4: four bits, of which nf4 loses "
-        "less; keep: the codes that the base is stored in, such as Q4_1 of GGUF",
+        "less; nf4_16: nf4 with a scale for 16 inputs and not 64; keep: the codes that "
+        "the base is stored in, such as Q4_1 of GGUF",
         choices=BASE_FORMAT_MODULES,
     )
     remat: str = free_knob(
@@ -87,7 +88,7 @@ class LoRAConfig:
         "lora",
         "kind of adapter; dora trains the length of each output's weights, too; "
         "vera trains two vectors between fixed random matrices; gaussian, orthogonal, "
-        "pissa, olora, eva and loftq are lora with another start",
+        "pissa, olora, eva, loftq and qera are lora with another start",
         choices=ADAPTER_MODULES,
     )
     rank: int = knob(16, "inner dimension of the adapters", above=0)
@@ -115,7 +116,9 @@ class LoRAConfig:
         low=1,
     )
     eva_batches: int = knob(
-        8, "first batches of the run whose activations eva starts from", above=0
+        8,
+        "first batches of the run whose activations eva and qera start from",
+        above=0,
     )
     targets: tuple[str, ...] = knob(
         ("attention", "mlp"),

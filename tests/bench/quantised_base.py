@@ -2,13 +2,16 @@
 
     python tests/bench/quantised_base.py --data=dolly-15k.jsonl.gz
 
-The real model, real rows and the real step, see `step_sides.py`. Prints for each value
-of `config.model.quantize` the seconds of a step (median), its speed against the first
-side, the bytes of the frozen weights, those that the compiled step holds beside its
-arguments, and the held-out loss before the first and after the last step.
+The real model, real rows and the real step, see `step_sides.py`. A side is a value of
+`config.model.quantize`, and with `+KIND` of `config.lora.kind`, such as `nf4+qera`.
+Prints for each the seconds of a step (median), its speed against the first side, the
+bytes of the frozen weights, those that the compiled step holds beside its arguments,
+and the held-out loss before the first and after the last step: by how much it is above
+that of the first side, with one standard error of that over the held-out batches.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +28,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", default="configs/finetune_dolly.py")
     add("--data", default="", help="rows; by default those of the config")
-    add("--sides", default="none,int8,nf4", help="values of config.model.quantize")
+    add("--sides", default="none,int8,nf4", help="values of config.model.quantize, "
+        "each with +KIND for another config.lora.kind")  # fmt: skip
     add("--steps", type=int, default=20)
     add("--warmup", type=int, default=2, help="first steps, whose time does not count")
     add("--knob", action="append", default=[], metavar="PATH=VALUE")
@@ -39,26 +43,38 @@ def main(argv: Sequence[str]) -> None:
     changes |= {"steps": arguments.steps}
     if arguments.data:
         changes["data.path"] = arguments.data
-    configs = {
-        side: read_config(arguments.config, changes | {"model.quantize": side})
-        for side in arguments.sides.split(",")
-    }
+    configs = {}
+    for side in arguments.sides.split(","):
+        form, plus, kind = side.partition("+")
+        own = {"model.quantize": form} | ({"lora.kind": kind} if plus else {})
+        configs[side] = read_config(arguments.config, changes | own)
     report(*train_in_turn(configs, measures=True), arguments.warmup)
 
 
 def report(sides: Sequence[Side], batch: Any, warmup: int) -> None:
     first = sides[0]
     for side in sides:
-        start, end = side.losses
+        start, end = map(against, side.losses, first.losses)
         print(
-            f"{side.name:5} {speed(first.seconds[warmup:], side.seconds[warmup:])}, "
+            f"{side.name:8} {speed(first.seconds[warmup:], side.seconds[warmup:])}, "
             f"loaded in {side.load_s:.1f} s, "
             f"frozen {side.frozen_bytes / 1e6:.1f} MB "
             f"({side.frozen_bytes / first.frozen_bytes:.3f}), "
             f"temporary {side.temporary_bytes(batch) / 1e6:.0f} MB, held-out loss "
-            f"{start:.4f} -> {end:.4f} ({end / first.losses[-1] - 1:+.2%})",
+            f"{start} -> {end}",
             flush=True,
         )
+
+
+def against(own: list[tuple[float, int]], first: list[tuple[float, int]]) -> str:
+    """A held-out loss, and by how much it is above that of the first side."""
+    tokens = sum(count for _, count in own)
+    base = sum(loss * count for loss, count in first) / tokens
+    above = [(x - y) * n for (x, n), (y, _) in zip(own, first, strict=True)]
+    mean = sum(above) / tokens
+    errors = (x - mean * n for x, (_, n) in zip(above, own, strict=True))
+    error = math.sqrt(sum(x**2 for x in errors)) / tokens
+    return f"{base + mean:.4f} ({mean / base:+.2%} +- {error / base:.2%})"
 
 
 if __name__ == "__main__":

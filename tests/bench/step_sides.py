@@ -5,6 +5,7 @@ whatever else the machine does slows all of them. A side is a config; base model
 rows are those of the first one.
 """
 
+import functools
 import statistics
 import sys
 import time
@@ -23,6 +24,7 @@ from research.parallel import mesh as meshes
 from research.parallel import runtime
 from research.tasks import task_registry
 from research.tasks.task_protocol import Task
+from research.train.programs.device_batches import first_batches
 from research.train.step import train_step
 from research.train.step.definition_from_config import load_start, make_step_definition
 from research.weights import parameter_paths
@@ -35,7 +37,7 @@ class Side:
       name: as it is printed.
       load_s: seconds in which its parameters were loaded.
       seconds: of each step so far.
-      losses: on the held-out rows, of each `measure`.
+      losses: of each `measure`, those of the held-out batches with their tokens.
     """
 
     def __init__(self, name: str, config: Config, base: Base, task: Task):
@@ -44,14 +46,15 @@ class Side:
         objective = task_registry.make_objective(config, mesh, len(task.groups))
         definition = make_step_definition(config, base, mesh, objective)
         begun = time.perf_counter()
-        params, self._frozen = load_start(definition, base)
+        rows = functools.partial(first_batches, config, definition, task)
+        params, self._frozen = load_start(definition, base, first_batches=rows)
         self.load_s = time.perf_counter() - begun
         self._state = train_step.jit_init(definition)(params)
         self._step = train_step.jit_train_step(definition)
         self._evaluate = train_step.jit_eval_step(definition)
         self._definition, self._task, self._config = definition, task, config
         self.seconds: list[float] = []
-        self.losses: list[float] = []
+        self.losses: list[list[tuple[float, int]]] = []
 
     @property
     def frozen_bytes(self) -> int:
@@ -69,7 +72,7 @@ class Side:
         self.seconds.append(time.perf_counter() - begun)
 
     def measure(self) -> None:
-        """Adds the loss on the held-out rows to `losses`."""
+        """Adds the losses on the held-out rows to `losses`."""
         data, mesh = self._config.data, self._definition.mesh
         rows = data.rows_per_pass
         found = [
@@ -82,7 +85,8 @@ class Side:
         ]
         unit = self._definition.objective.loss_unit
         groups, size = self._task.groups, self._task.held_out_bytes
-        self.losses.append(add_up(found, groups, size, unit).loss)
+        each = [add_up([one], groups, size, unit) for one in found]
+        self.losses.append([(x.loss, sum(x.tokens.values())) for x in each])
 
 
 def train_in_turn(configs: dict[str, Config], measures: bool) -> tuple[list[Side], Any]:

@@ -1,4 +1,5 @@
-"""Kinds whose start needs more than weights: EVA reads rows, LoftQ the file again.
+"""Kinds whose start needs more than weights: EVA reads rows, LoftQ the file again,
+and QERA both.
 
 They train on a 2x2x2 mesh; with them are VeRA, whose matrices all layers share, and
 DoRA.
@@ -36,7 +37,7 @@ from research.weights.representations.adapter_bank import AdapterBank
 
 STEPS, KILLED = 4, 2
 FEW = ("attention.output", "mlp.down")
-CODED = {"loftq": {"quantize": "nf4"}}
+CODED = {kind: {"quantize": "nf4"} for kind in ("loftq", "qera")}
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +48,14 @@ def small(tmp_path_factory):
 
 
 def config_for(small, name, kind, **changes):
-    own = {"eva_batches": 2} if kind == "eva" else {}
+    own = {"eva_batches": 2} if kind in ("eva", "qera") else {}
     lora = LoRAConfig(kind=kind, rank=2, targets=FEW, **own)
     lora = dataclasses.replace(lora, **changes)
     return small_config(small, name, STEPS, CODED.get(kind, {}), lora=lora)
 
 
 @pytest.fixture(
-    scope="module", params=[*map(in_soak, ("eva", "vera", "loftq", "dora"))]
+    scope="module", params=[*map(in_soak, ("eva", "vera", "loftq", "qera", "dora"))]
 )
 def trained(request, small):
     """The kind, and the folder of an unbroken run."""
@@ -68,7 +69,7 @@ def test_the_doctor_proves_its_start_and_the_loss_falls(trained):
     found = {finding.name: finding for finding in read_findings(folder)}
     start = found[f"{kind} at step 0"]
     assert start.ok
-    if kind == "loftq":
+    if kind in CODED:
         assert start.numbers["differing"] > 0
         assert "layers.attention.output.kernel from" in start.text
     elif kind != "dora":  # Two programs may round its lengths in two ways.
@@ -110,7 +111,7 @@ def test_it_is_exported_and_served_as_lora(trained):
     written = open_base(str(folder / EXPORTED))
     merged = load_base(written, run.model, run.mesh, jnp.float32, 0)
     close(small_hidden(run.model, merged), adapted, rtol=1e-4)
-    if kind != "loftq":  # A server has the base of the file.
+    if kind not in CODED:  # A server has the base of the file.
         found = open_for_answering([str(folder)], mesh=one_device())
         assert isinstance(found.params["layers.mlp.down.kernel"], AdapterBank)
         _, row = found.read(found.runs[0])
@@ -124,7 +125,8 @@ def test_it_is_exported_and_served_as_lora(trained):
 @pytest.mark.parametrize(
     "kind, changes, model, said",
     [
-        ("loftq", {}, {}, "LoftQ starts at what the codes of a quantised base have"),
+        ("loftq", {}, {}, "loftq and qera start at what the codes of a base have"),
+        ("qera", {"targets": ("embedding",)}, CODED["qera"], "qera starts at inputs"),
         ("eva", {"rslora": True}, {}, "EVA gives each matrix a rank of its own"),
         ("vera", {"layers": "0"}, {}, "shared by all layers, so it has no choice"),
         ("vera", {"targets": ("embedding",)}, {}, "vera has none for tables: drop"),

@@ -31,7 +31,7 @@ def measure_directions(
     batches: Sequence[Batch],
     adapters: Mapping[str, Mapping[str, Spec]],
 ) -> dict[str, InputDirections]:
-    """As many directions as the rank of each adapter, by path.
+    """As many directions as the kind of the adapters wants for their ranks, by path.
 
     Args:
       definition: of the step; its model computes in evaluation, without noise.
@@ -40,13 +40,14 @@ def measure_directions(
       adapters: the specs of the factors by path.
     """
     # The basis of one factor A: its own axes, but with the spare directions.
-    width = {}
+    kind, wanted, width = definition.trainable.kind, {}, {}
     for path, factors in adapters.items():
         inputs, rank = factors["a"].as_matrix.shape[-2:]
-        width[path] = min(rank + SPARE, inputs)
+        wanted[path] = min(kind.directions(rank), inputs)
+        width[path] = min(wanted[path] + SPARE, inputs)
     basis = jax.jit(functools.partial(_drawn, adapters, width))()
     sums = jax.jit(functools.partial(_sums, definition))
-    turn = jax.jit(_turned)
+    turn = jax.jit(functools.partial(_turned, kind.about_mean))
     for last in (False,) * ROUNDS + (True,):
         total, count = None, 0
         for batch in batches:
@@ -55,8 +56,8 @@ def measure_directions(
             count = count + jnp.sum(batch.segments != 0)
         if not last:
             basis = turn(basis, total, count)
-    ranks = {path: factors["a"].shape[-1] for path, factors in adapters.items()}
-    return jax.jit(functools.partial(_directions, ranks))(basis, total, count)
+    best = functools.partial(_directions, wanted, kind.about_mean)
+    return jax.jit(best)(basis, total, count)
 
 
 def _drawn(
@@ -101,25 +102,34 @@ def _sums(
     return jax.lax.scan(add, start, batch)[0]
 
 
-def _along(basis: Array, sums: InputSums, count: Array) -> Array:
-    """The product of the covariance (times the count) with the basis, `[.., in, k]`."""
+def _along(basis: Array, sums: InputSums, count: Array, about_mean: bool) -> Array:
+    """The product of the covariance (times the count) with the basis, `[.., in, k]`.
+
+    Not about the mean, it is that of the second moment.
+    """
+    if not about_mean:
+        return sums.products
     mean = sums.total / count
     off = jnp.einsum("...i,...ik->...k", sums.total, basis, precision="highest")
     return sums.products - mean[..., None] * off[..., None, :]
 
 
 def _turned(
-    basis: dict[str, Array], sums: dict[str, InputSums], count: Array
+    about_mean: bool,
+    basis: dict[str, Array],
+    sums: dict[str, InputSums],
+    count: Array,
 ) -> dict[str, Array]:
     """Bases nearer to the largest directions, orthonormal."""
     return {
-        path: jnp.linalg.qr(_along(own, sums[path], count))[0]
+        path: jnp.linalg.qr(_along(own, sums[path], count, about_mean))[0]
         for path, own in basis.items()
     }
 
 
 def _directions(
-    ranks: Mapping[str, int],
+    wanted: Mapping[str, int],
+    about_mean: bool,
     basis: dict[str, Array],
     sums: dict[str, InputSums],
     count: Array,
@@ -127,7 +137,7 @@ def _directions(
     """The best directions within each basis (Rayleigh and Ritz)."""
     found = {}
     for path, own in basis.items():
-        along = _along(own, sums[path], count)
+        along = _along(own, sums[path], count, about_mean)
         inner = jnp.einsum("...ik,...il->...kl", own, along, precision="highest")
         sizes, turns = jnp.linalg.eigh((inner + jnp.swapaxes(inner, -1, -2)) / 2)
         sizes, turns = sizes[..., ::-1], turns[..., ::-1]  # The largest comes first.
@@ -135,9 +145,11 @@ def _directions(
         # Directions have no sign: the largest part of each is positive.
         largest = jnp.argmax(jnp.abs(whole), -2, keepdims=True)
         whole *= jnp.sign(jnp.take_along_axis(whole, largest, -2))
-        mean = sums[path].total / count
-        variance = sums[path].squares - jnp.sum(sums[path].total * mean, -1)
-        rank = ranks[path]
-        shares = jnp.maximum(sizes[..., :rank], 0) / variance[..., None]
-        found[path] = InputDirections(whole[..., :rank], shares)
+        variance = sums[path].squares
+        if about_mean:
+            mean = sums[path].total / count
+            variance -= jnp.sum(sums[path].total * mean, -1)
+        most = wanted[path]
+        shares = jnp.maximum(sizes[..., :most], 0) / variance[..., None]
+        found[path] = InputDirections(whole[..., :most], shares)
     return found

@@ -56,7 +56,7 @@ class InputDirections:
 
     Attributes:
       directions: `[*stack, in, k]`, columns of length 1, the largest variance first.
-      shares: `[*stack, k]`, of the variance that each explains.
+      shares: `[*stack, k]`, of the variance (or mean square) that each explains.
     """
 
     directions: Array
@@ -75,6 +75,8 @@ class AdapterKind(abc.ABC):
       reads_inputs: it starts from what `init` gets as `inputs`.
       has_gains: it also multiplies each output, see `WeightDecomposed`.
       reads_lost: it starts from what codes of the base have lost: no no-op.
+      about_mean: its `inputs` are the directions of the variance, or else those of the
+        mean square, in which the mean counts.
     """
 
     name: str
@@ -82,6 +84,7 @@ class AdapterKind(abc.ABC):
     reads_inputs: bool = False
     reads_lost: bool = False
     has_gains: bool = False
+    about_mean: bool = True
 
     # A kind defines these methods, each about one matrix.
 
@@ -140,6 +143,10 @@ class AdapterKind(abc.ABC):
     def rank_fault(self, spec: Spec, rank: int) -> str:
         """Why `spec` can have no new adapter of this rank, and a remedy; or ""."""
         return ""
+
+    def directions(self, rank: int) -> int:
+        """How many directions of its inputs a matrix of this rank starts from."""
+        return rank
 
     def widened(self, config: LoRAConfig) -> LoRAConfig:
         """`config` with the ranks for which the factors have room."""

@@ -1,0 +1,119 @@
+"""QERA: LoRA that starts at the part of what codes have lost that inputs meet most."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from research.config.knob_groups import LoRAConfig
+from research.core.errors import UserError
+from research.weights.adapters.adapter_kind import (
+    Adapters,
+    Factors,
+    InputDirections,
+)
+from research.weights.adapters.starts.loftq import LoftQ
+from research.weights.adapters.starts.pissa import fast_svd
+from research.weights.parameter_spec import Spec
+from research.weights.representations.leaf import Matrix
+
+Array = jax.Array
+PER_RANK = 4  # Directions of the inputs that are told apart, for each of the rank.
+ROUNDS = 4  # Of subspace iteration; the inputs let the singular values fall fast.
+LEAST = 1e-4  # Of the mean square of an input: what a direction counts at least.
+
+
+class Met(NamedTuple):
+    """What codes have lost of the matrices of a path, and the inputs that meet them."""
+
+    lost: Array
+    inputs: InputDirections
+
+
+class QERA(LoftQ):
+    """Zhang et al. 2024, arXiv:2410.06040, theorem 1 ("QERA-exact").
+
+    With inputs of second moment R and a loss L = W - Q of the codes, the outputs miss
+    E|x L - s x A B|^2, which is least where R^(1/2) s A B is the nearest matrix of its
+    rank to R^(1/2) L. The paper takes all of R. Here R is told by its largest
+    directions, `PER_RANK` for each of the rank, and the rest of it is even: so what a
+    host holds stays of the size of the adapters.
+
+    The codes are those of every other run, and so is the size of the adapters.
+    """
+
+    name = "qera"
+    reads_inputs = True
+    about_mean = False
+
+    def directions(self, rank: int) -> int:
+        return PER_RANK * rank
+
+    def rank_fault(self, spec: Spec, rank: int) -> str:
+        if "vocab" in spec.axes:
+            return "qera starts at inputs of layers: drop tables and heads from targets"
+        if spec.stacked > 1:
+            return "qera has no start for experts, each of which sees other tokens"
+        return super().rank_fault(spec, rank)
+
+    def init(
+        self,
+        key: Array,
+        specs: Mapping[str, Spec],
+        config: LoRAConfig,
+        base: Mapping[str, Matrix] = MappingProxyType({}),
+        inputs: Mapping[str, InputDirections] = MappingProxyType({}),
+    ) -> Adapters:
+        """All adapters at their start; `base` is what the codes have lost.
+
+        Raises:
+          UserError: the inputs of a matrix have not been measured.
+        """
+        own = self.specs(specs, config)
+        if missing := [path for path in own if path not in inputs]:
+            raise UserError(
+                f"adapters of kind 'qera' start from the inputs of {missing[0]} in the "
+                "run's own first batches, and there are none: train with data, or "
+                "choose another config.lora.kind"
+            )
+        met = {path: Met(base[path], inputs[path]) for path in own}
+        return super().init(key, specs, config, met)
+
+    def init_matrix(
+        self, key: Array, specs: Mapping[str, Spec], base: Met, scale: float
+    ) -> Factors:
+        a, b = specs["a"], specs["b"]
+        (inputs, rank), outputs = a.as_matrix.shape[-2:], b.as_matrix.shape[-1]
+
+        def one(of_layer: Met) -> tuple[Array, Array]:
+            along, sizes, rest = _root(of_layer.inputs)
+            heard = _times(along, sizes, rest, of_layer.lost)
+            left, found, right = fast_svd(heard, rank, ROUNDS)
+            root = jnp.sqrt(found[:rank] / scale)
+            left = _times(along, 1 / sizes, 1 / rest, left[:, :rank] * root[None])
+            return left, root[:, None] * right[:rank]
+
+        lost = base.lost.reshape(-1, inputs, outputs)
+        left, right = jax.lax.map(one, Met(lost, base.inputs))
+        return {"a": left.reshape(a.shape), "b": right.reshape(b.shape)}
+
+
+def _root(inputs: InputDirections) -> tuple[Array, Array, Array]:
+    """R^(1/2) but for a factor: directions, their sizes, and that of all others."""
+    along, shares = inputs.directions, inputs.shares
+    count, told = along.shape
+    sizes = jnp.sqrt(jnp.maximum(shares * count, LEAST))
+    others = (1 - jnp.sum(shares)) * count / max(count - told, 1)
+    return along, sizes, jnp.sqrt(jnp.maximum(others, LEAST))
+
+
+def _times(along: Array, sizes: Array, rest: Array, matrix: Array) -> Array:
+    """`matrix` `[in, n]`, with its part along each direction times that one's size."""
+    part = jnp.matmul(along.T, matrix, precision="highest")
+    part = jnp.matmul(along, (sizes - rest)[:, None] * part, precision="highest")
+    return rest * matrix + part
+
+
+KIND = QERA()

@@ -76,9 +76,12 @@ class TwoMatrices:
         return jnp.sum(multiply(weights["layers.w"]), 0)
 
 
+OVER_CODES = ("loftq", "qera")
+
+
 def make_job(kind, model):
     """A definition, a base and adapters at their start."""
-    coded = {"quantize": "int8"} if kind == "loftq" else {}
+    coded = {"quantize": "int8"} if kind in OVER_CODES else {}
     lora = LoRAConfig(rank=2, kind=kind, targets=("layers",))
     config = Config(lora=lora, model=ModelConfig(dtype="float32", **coded))
     mesh = meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
@@ -90,10 +93,10 @@ def make_job(kind, model):
     base = {p: parts.store(p, x, model.specs[p]) for p, x in weights.items()}
     inputs = {
         path: InputDirections(*starts_of(factors["a"]))
-        for path, factors in (parts.specs if kind == "eva" else {}).items()
+        for path, factors in (parts.specs if kind in ("eva", "qera") else {}).items()
     }
     start = base
-    if kind == "loftq":
+    if kind in OVER_CODES:
         start = {path: lost(weights, base, path) for path in parts.specs}
     return definition, base, jax.jit(parts.init)(jax.random.key(0), start, inputs)
 
@@ -137,6 +140,7 @@ def test_fresh_adapters_pass(lora_job):
 MOVED = {
     "dora": "magnitude", "pissa": "b0", "olora": "a", "vera": "lambda_b", "lora": "b",
     "gaussian": "b", "orthogonal": "b", "eva": "b", "loftq": "b",
+    "qera": "b",
 }  # fmt: skip
 
 
@@ -147,7 +151,7 @@ def test_every_kind_is_among_them():
 @pytest.mark.parametrize("kind", MOVED)
 def test_each_kind_proves_its_start(kind, monkeypatch):
     definition, base, adapters = make_job(kind, TwoMatrices())
-    if kind == "loftq":  # There is no file.
+    if kind in OVER_CODES:  # There is no file.
         weights = random_params(definition.model.specs)
         monkeypatch.setattr(
             doctor, "lost_in_codes", lambda *given: lost(weights, base, given[2])

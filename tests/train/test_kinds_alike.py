@@ -49,9 +49,9 @@ def experts(small):
 
 
 def config_for(small, name, kind, mesh=None, model="model", **changes):
-    own = {"eva_batches": 2} if kind == "eva" else {}
+    own = {"eva_batches": 2} if kind in ("eva", "qera") else {}
     own |= {"rank": 2, "targets": FEW} | changes
-    codes = {"quantize": "nf4"} if kind == "loftq" else {}
+    codes = {"quantize": "nf4"} if kind in ("loftq", "qera") else {}
     config = small_config(small, name, STEPS, codes, lora=LoRAConfig(kind=kind, **own))
     return dataclasses.replace(
         config,

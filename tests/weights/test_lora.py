@@ -349,14 +349,14 @@ def started(kind, specs, config, params, hidden):
     base, structure = parameter_paths.flatten(params)
     paths = find_kind(kind).specs(specs, config)
     key, inputs = jax.random.key(0), {}
-    if kind == "eva":
+    if kind in ("eva", "qera"):
         inputs = {p: input_directions(x, 6) for p, x in zip(paths, hidden, strict=True)}
         with pytest.raises(UserError, match="the run's own first batches"):
             find_kind(kind).init(key, specs, config, base)
-    if kind == "loftq":  # Its base is in codes, and it starts from what they lack.
+    if kind in ("loftq", "qera"):  # Their base is in codes: they start from the rest.
         coded = base | {path: jnp.round(base[path] * 2) / 2 for path in paths}
         lost = {path: base[path] - coded[path] for path in paths}
-        start = find_kind(kind).init(key, specs, config, lost)
+        start = find_kind(kind).init(key, specs, config, lost, inputs)
         return start, parameter_paths.unflatten(structure, coded)
     return find_kind(kind).init(key, specs, config, base, inputs), params
 
@@ -378,7 +378,7 @@ def check_lifted(function, params, kind):
         ["dense1", "kernel"],
     ]
     lifted = lora.lift(function, config)
-    if kind == "loftq":
+    if kind in ("loftq", "qera"):
         left = np.linalg.norm(lifted(params, adapters, x) - expected)
         assert left < 0.6 * np.linalg.norm(function(params, x) - function(whole, x))
     else:

@@ -95,8 +95,13 @@ class QERA(LoftQ):
             left = _times(along, 1 / sizes, 1 / rest, left[:, :rank] * root[None])
             return left, root[:, None] * right[:rank]
 
-        lost = base.lost.reshape(-1, inputs, outputs)
-        left, right = jax.lax.map(one, Met(lost, base.inputs))
+        lost, (along, shares) = base.lost, (base.inputs.directions, base.inputs.shares)
+        told = along.shape[-1]
+        of_layers = Met(
+            lost.reshape(-1, inputs, outputs),
+            InputDirections(along.reshape(-1, inputs, told), shares.reshape(-1, told)),
+        )
+        left, right = jax.lax.map(one, of_layers)
         return {"a": left.reshape(a.shape), "b": right.reshape(b.shape)}
 
 

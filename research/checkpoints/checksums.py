@@ -55,7 +55,10 @@ def seal(folder: Path) -> None:
     own = list(_own_files(folder))
     files = {str(file.relative_to(folder)): checksum(file) for file in own}
     folders = {x for file in own for x in file.parents if folder in x.parents}
-    for path in (*own, *folders):
+    # Whoever wrote a seal has synced it, and the folder that it is in.
+    synced = {file.parent for file in own if file.name == SEAL}
+    files_left = (file for file in own if file.parent not in synced)
+    for path in (*files_left, *(folders - synced)):
         sync(path)
     write_whole(folder / SEAL, json.dumps({"files": files, "sum": _sum_of(files)}))
 
@@ -82,7 +85,8 @@ def find_damage(
     Args:
       folder: holds one checkpoint.
       index: the share of the files to read.
-      count: the number of shares. Every share includes the seals, which are small.
+      count: the number of shares. A share has whole sealed subfolders, or where there
+        are more shares than those, a part of one: on N hosts each host reads two seals.
       item: a subfolder; only its files and the seals above it are checked. By default
         all files are.
       run: the id of the run that must have saved it; empty: any run.
@@ -91,8 +95,7 @@ def find_damage(
       OSError: the files may not be read, or the system is at its limits.
     """
     problems: list[str] = []
-    expected = list(_listed(folder, folder, problems, item))
-    for path, (size, digest) in expected[index::count]:
+    for path, (size, digest) in _listed(folder, folder, problems, item, index, count):
         name = path.relative_to(folder)
         try:
             actual_size, actual_digest = checksum(path)
@@ -137,9 +140,9 @@ def _find_other_origin(folder: Path, run: str) -> list[str]:
 
 
 def _listed(
-    top: Path, folder: Path, problems: list[str], item: str
+    top: Path, folder: Path, problems: list[str], item: str, index: int, count: int
 ) -> Iterator[tuple[Path, list[Any]]]:
-    """Yields every file with its checksum, files of sealed subfolders included."""
+    """Yields the files of a share with their checksums, as `find_damage` deals them."""
     try:
         # Damage may turn text into other bytes, and numbers into other values.
         content = json.loads((folder / SEAL).read_bytes())
@@ -152,13 +155,28 @@ def _listed(
         where = (folder / SEAL).relative_to(top)
         problems.append(f"{where}: {getattr(error, 'strerror', None) or error}")
         return
+    own, sealed = [], []
     for name, sums in sorted(files.items()):
         path = folder / name
-        if item and (top / item) not in path.parents:
-            continue
-        yield path, sums
-        if path.name == SEAL:
-            yield from _listed(top, path.parent, problems, item)
+        if not item or (top / item) in path.parents:
+            (sealed if path.name == SEAL else own).append((path, sums))
+    yield from own[index::count]
+    for number, shares, share in dealt(len(sealed), index, count):
+        if share == 0:
+            yield sealed[number]
+        inner = sealed[number][0].parent
+        yield from _listed(top, inner, problems, item, share, shares)
+
+
+def dealt(folders: int, index: int, count: int) -> Iterator[tuple[int, int, int]]:
+    """The folders that share `index` of `count` reads: number, shares of it, share."""
+    if not folders:
+        return
+    if count <= folders:
+        yield from ((number, 1, 0) for number in range(index, folders, count))
+        return
+    share, number = divmod(index, folders)
+    yield number, len(range(number, count, folders)), share
 
 
 class SealedPath(atomicity.AtomicRenameTemporaryPath):

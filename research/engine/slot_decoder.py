@@ -20,12 +20,14 @@ from research.core.errors import UserError
 from research.engine import slot_programs as programs
 from research.engine.requests import Sampling
 from research.engine.slot_programs import CacheBlock, Round, Scores
-from research.engine.token_choice import choice_row
-from research.models.cached_attention import (
-    cache_partition,
-    constrain_cached,
-    make_attend_cached,
+from research.engine.slot_sharding import (
+    make_place,
+    slot_shardings,
+    top_k_of_placed,
+    top_k_of_whole,
 )
+from research.engine.token_choice import choice_row
+from research.models.cached_attention import constrain_cached, make_attend_cached
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.weights.adapters.serving_bank import Row, set_row
@@ -120,26 +122,15 @@ class SlotDecoder:
             attend_cached=make_attend_cached(self._mesh, slots, a.kv_heads),
             constrain_cached=constrain_cached(self._mesh, slots),
         )
-        where = cache_partition(self._mesh, slots, a.kv_heads)
-        self._compile(NamedSharding(self._mesh, where))
+        self._compile()
         self.open(params)
 
-    def _compile(self, keys: NamedSharding) -> None:
+    def _compile(self) -> None:
         """Makes the programs; each compiles at its first call."""
-        whole = meshes.replicated(self._mesh)
-        state = programs.Slots(keys, keys, whole)
-        self._block = NamedSharding(self._mesh, PartitionSpec(None, None, keys.spec[2]))
-        sizes = {"batch": self.slots, "vocab": self.vocabulary}
-        split = meshes.partition_if_divisible(self._mesh, sizes)
-        by_slot = PartitionSpec(keys.spec[1])
-
-        def place(logits_SV: Array) -> Array:
-            # As the head is split, and then by slot. The partitioner would else gather
-            # the head, which is a thousand times larger than the logits.
-            for where in split, by_slot:
-                where = NamedSharding(self._mesh, where)
-                logits_SV = jax.lax.with_sharding_constraint(logits_SV, where)
-            return logits_SV
+        mesh, slots = self._mesh, self.slots
+        whole = meshes.replicated(mesh)
+        state = slot_shardings(mesh, slots, self._model.architecture.kv_heads)
+        self._block = NamedSharding(mesh, PartitionSpec(None, None, state.k.spec[2]))
 
         # One token more than is used: a slot that waits writes there in each round.
         room = max(self.length + 1, -(-self.length // self.chunk) * self.chunk)
@@ -164,13 +155,16 @@ class SlotDecoder:
         self._constrain = program(state, programs.constrain)
         self._write = program(state, programs.write_block, self.chunk)
         self._read = program(self._block, programs.read_block, self.chunk, donate=False)
-        self._extend = program((state, whole), programs.extend, model)
+        self._extend = program(
+            (state, whole), programs.extend, model, top_k_of_whole(mesh)
+        )
         self._decode = program(
             (state, whole),
             programs.decode,
             model,
             self.rounds,
-            place,
+            make_place(mesh),
+            top_k_of_placed(mesh),
         )
 
     def open(self, params: Params | None) -> None:

@@ -25,6 +25,7 @@ from research.weights.adapters import serving_bank
 
 Array = jax.Array
 Params = dict[str, Any]
+TopK = Callable[[Array, int], tuple[Array, Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -182,6 +183,7 @@ def write_block(
 
 def extend(
     model: Model,
+    top_k: TopK,
     params: Params,
     slots: Slots,
     slot: Array,
@@ -196,6 +198,7 @@ def extend(
 
     Args:
       model: the decoder.
+      top_k: as `jax.lax.top_k`.
       params: of the model; may hold a bank of adapters.
       slots: the state.
       slot: where the chunk goes.
@@ -212,7 +215,7 @@ def extend(
 
     def score(hidden_TD: Array) -> Scores:
         logits_TV = model.logits(params, hidden_TD)
-        return Scores(*log_probabilities(logits_TV, given_2T[1], listed))
+        return Scores(*log_probabilities(logits_TV, given_2T[1], listed, top_k))
 
     scores = _if(scored, score, hidden[0])
     rows = dataclasses.replace(rows, length=before.at[slot].add(count))
@@ -223,6 +226,7 @@ def decode(
     model: Model,
     rounds: int,
     place: Callable[[Array], Array],
+    top_k: TopK,
     params: Params,
     slots: Slots,
 ) -> tuple[Slots, Round]:
@@ -232,10 +236,11 @@ def decode(
       model: the decoder.
       rounds: R.
       place: fixes the sharding of logits `[S, V]`.
+      top_k: as `jax.lax.top_k`.
       params: of the model; may hold a bank of adapters.
       slots: the state.
     """
-    advance = functools.partial(_advance, model, place, params)
+    advance = functools.partial(_advance, model, place, top_k, params)
     shapes = jax.eval_shape(advance, 0, slots)[1]
     ids, scores = jax.tree.map(lambda x: jnp.zeros((rounds, *x.shape), x.dtype), shapes)
 
@@ -262,6 +267,7 @@ def _turns(rows: SlotRows, index: Array | int) -> Array:
 def _advance(
     model: Model,
     place: Callable[[Array], Array],
+    top_k: TopK,
     params: Params,
     index: Array,
     slots: Slots,
@@ -277,7 +283,7 @@ def _advance(
     listed = jnp.any(turn_S & rows.listed)
     scores = _if(
         jnp.any(turn_S & rows.scored),
-        lambda x: Scores(*log_probabilities(x, ids_S, listed)),
+        lambda x: Scores(*log_probabilities(x, ids_S, listed, top_k)),
         logits_SV,
     )
     number_S = rows.number + turn_S

@@ -216,7 +216,10 @@ def _drawn(
 
 
 def log_probabilities(
-    logits_TV: Array, ids_T: Array, alternatives: Array
+    logits_TV: Array,
+    ids_T: Array,
+    alternatives: Array,
+    top_k: Callable[[Array, int], tuple[Array, Array]] = jax.lax.top_k,
 ) -> tuple[Array, Array, Array]:
     """Scores of ids under the model itself, natural logarithms in float32.
 
@@ -226,6 +229,7 @@ def log_probabilities(
       logits_TV: of the model, unchanged.
       ids_T: one id for each row.
       alternatives: scalar bool: list the likeliest ids, too.
+      top_k: as `jax.lax.top_k`.
 
     Returns:
       Values `[T]`; ids and values `[T, MOST_ALTERNATIVES]`, the likeliest first, or
@@ -234,10 +238,10 @@ def log_probabilities(
     scores_TV = jax.nn.log_softmax(logits_TV, axis=-1)
     chosen_T = jnp.take_along_axis(scores_TV, ids_T[:, None], axis=1)[:, 0]
     count = min(MOST_ALTERNATIVES, logits_TV.shape[1])
-    none = jax.eval_shape(lambda x: jax.lax.top_k(x, count), scores_TV)
+    none = jax.eval_shape(lambda x: top_k(x, count), scores_TV)
     top, top_ids = jax.lax.cond(
         alternatives,
-        lambda x: tuple(jax.lax.top_k(x, count)),
+        lambda x: tuple(top_k(x, count)),
         lambda x: tuple(jnp.zeros(y.shape, y.dtype) for y in none),
         scores_TV,
     )

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import socket
 import time
 
@@ -20,6 +21,9 @@ LINE_BYTES = 4096  # longest hello and verdict
 PORT_TIME = 20.0  # seconds in which process 0 must get a port that is in use
 LINGER = 2.0  # seconds in which processes that come later hear of an error, too
 RETRY = 0.2  # seconds between two tries to reach the first process
+# Open files of process 0: its own, and links of the others, to it here and then to
+# JAX's service.
+OWN_FILES, FILES_OF_ANOTHER = 256, 2
 
 
 def meet(processes: Processes, patience: float) -> None:
@@ -27,11 +31,13 @@ def meet(processes: Processes, patience: float) -> None:
 
     Raises:
       UserError: a number was given twice, the processes disagree on how many they are,
-        or the port cannot be used.
+        the port cannot be used, or process 0 may not open enough files.
       LonelyError: some have not come within `patience` seconds; names their numbers.
     """
     deadline = time.monotonic() + patience
     port_deadline = min(deadline, time.monotonic() + PORT_TIME)
+    if processes.index == 0:
+        _allow_files(processes.count)
     code, text = 0, None
     while text is None:
         if processes.index == 0 and (listener := _listen(processes)):
@@ -58,6 +64,24 @@ def meet(processes: Processes, patience: float) -> None:
             code, text = heard or (0, None)
     if code:
         raise (LonelyError if code == LonelyError.exit_code else UserError)(text)
+
+
+def _allow_files(count: int) -> None:
+    """Raises this process's limit of open files to what so many processes need.
+
+    Raises:
+      UserError: the system does not allow it.
+    """
+    needed = OWN_FILES + FILES_OF_ANOTHER * count
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"process 0 of {count} needs {needed:,} open files, and this system allows "
+            f"{hard:,}: raise the hard limit (ulimit -Hn) of the first machine"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _listen(processes: Processes) -> socket.socket | None:

@@ -30,7 +30,7 @@ from small_states import (
 from research.checkpoints import checksums, orbax_manager
 from research.checkpoints.checkpoint_listing import choose_step, inspect
 from research.checkpoints.checkpointer import Checkpointer
-from research.checkpoints.checksums import find_damage
+from research.checkpoints.checksums import dealt, find_damage
 from research.core.errors import DamagedError, SaveError, UserError
 
 pytestmark = FUTURES
@@ -569,3 +569,15 @@ def test_arrays_that_were_not_merged_are_no_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(SaveError, match=r"manifest\.ocdbt is missing"):
         save_steps(tmp_path, 1)
     assert not (tmp_path / "checkpoints/1").exists()
+
+
+@pytest.mark.parametrize("folders", [0, 1, 4, 6])
+@pytest.mark.parametrize("count", [1, 3, 4, 9, 13])
+def test_each_part_of_a_folder_is_read_once_and_by_few(folders, count):
+    """So seals are read as often as there are hosts, not as often as their square."""
+    each = [list(dealt(folders, index, count)) for index in range(count)]
+    assert max(map(len, each)) <= -(-folders // count)
+    read = sorted(part for mine in each for part in mine)
+    shares = {number: shares for number, shares, _ in read}
+    assert [*shares] == list(range(folders))
+    assert read == [(n, s, i) for n, s in shares.items() for i in range(s)]

@@ -18,8 +18,9 @@ from research.engine.slot_decoder import SlotDecoder
 from research.models.presets import PRESETS
 from research.models.transformer import Model, Options
 from research.parallel import mesh as meshes
-from research.plan.compiled import compile_step
+from research.plan.compiled import compile_step, hlo_text
 from research.plan.compiled.libtpu_environment import ENVIRONMENT
+from research.plan.compiled.schedule import read_schedule
 from research.plan.planned_devices import parse_topology
 
 pytestmark = [
@@ -34,27 +35,38 @@ SLOTS, LENGTH = 32, 4000
 MOVED = re.compile(r"= (?:bf16|f32)\[([\d,]+)\]\S* (?:copy|all-gather)[\w-]*\(")
 
 
-@pytest.mark.parametrize("tensor", [1, 4])
-def test_decoding_reads_pages_and_moves_neither_cache_nor_head(tensor):
-    """Two layers of an 8B, whose head is larger than the cache of a chip."""
+def compiled_decode(**sizes):
+    """Two layers of an 8B; the program, its mesh, and the abstract state."""
     os.environ |= ENVIRONMENT
-    devices = compile_step.topology_devices(parse_topology("v5e:2x2", 1))[:tensor]
-    mesh = meshes.make_mesh(MeshConfig(fsdp=1, tensor=tensor), devices)
+    count = math.prod(sizes.values())
+    devices = compile_step.topology_devices(parse_topology("v5e:2x2", 1))[:count]
+    mesh = meshes.make_mesh(MeshConfig(**{"data": 1} | sizes), devices)
     shape = dataclasses.replace(PRESETS["llama3.1-8b"], layers=2)
     model = Model(shape, Options(dtype=jnp.bfloat16))
     decoder = SlotDecoder(model, None, SLOTS, LENGTH, mesh=mesh)
-    where = meshes.shardings(model.specs, mesh)
-    params = {
-        path: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16, sharding=where[path])
-        for path, spec in model.specs.items()
-    }
+    params = meshes.abstract_arrays(model.specs, mesh, jnp.bfloat16)
     empty = decoder._empty
     state = jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
         jax.eval_shape(empty),
         empty.lower().compile().output_shardings,
     )
-    program = decoder._decode.lower(params, state).compile().as_text()
+    return decoder._decode.lower(params, state).compile().as_text(), mesh, state
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_decoding_reads_pages_and_moves_neither_cache_nor_head(tensor):
+    """The head of an 8B is larger than the cache of a chip."""
+    program, _, state = compiled_decode(tensor=tensor)
     assert "paged_attention" in program
     moved = [math.prod(map(int, found.split(","))) for found in MOVED.findall(program)]
     assert max(moved) < state.k.size / tensor
+
+
+def test_a_round_sends_no_more_than_the_logits_of_a_chip():
+    """Not the logits or the counts of all slots, to chips that have other slots."""
+    program, mesh, state = compiled_decode(data=2, tensor=2)
+    found = read_schedule(hlo_text.parse(program), mesh, [])
+    sent = [each.nbytes for each in (*found.bare, *found.hidden)]
+    counts = state.rows.choice.counts
+    assert len(sent) > 4 and max(sent) <= 4 * counts.size / mesh.size

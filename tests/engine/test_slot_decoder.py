@@ -271,17 +271,18 @@ def four_answers(decoder):
 
 
 @pytest.mark.parametrize(
-    "sizes, split",
+    "sizes, split, chosen_on",
     [
-        (mesh_sizes(data=2, tensor=2, fsdp=2), (4, 2)),
-        in_soak(mesh_sizes(tensor=4, context=2), (1, 4)),
-        # Four slots do not divide over eight devices, so they stay whole.
-        in_soak(mesh_sizes(data=8), (1, 1)),
-        in_soak(mesh_sizes(fsdp=2, context=2), (2, 1)),
+        (mesh_sizes(fsdp=2, tensor=2), (2, 2), 4),
+        # Four slots do not divide over eight devices, so fewer choose, or each all.
+        in_soak(mesh_sizes(data=2, tensor=2, fsdp=2), (4, 2), 4),
+        in_soak(mesh_sizes(tensor=4, context=2), (1, 4), 4),
+        in_soak(mesh_sizes(data=8), (1, 1), 1),
+        in_soak(mesh_sizes(fsdp=2, context=2), (2, 1), 2),
     ],
 )
 def test_a_mesh_gives_the_answers_of_one_device(
-    decoder, model, params, sizes, split, capfd
+    decoder, model, params, sizes, split, chosen_on, capfd
 ):
     count = math.prod(dataclasses.astuple(sizes))
     mesh = meshes.make_mesh(sizes, jax.devices()[:count])
@@ -301,6 +302,8 @@ def test_a_mesh_gives_the_answers_of_one_device(
     keys = sharded._state.k
     part = keys.sharding.shard_shape(keys.shape)
     assert (keys.shape[1] // part[1], keys.shape[2] // part[2]) == split
+    counts = sharded._state.rows.choice.counts
+    assert counts.sharding.shard_shape(counts.shape)[0] * chosen_on == SLOTS
     # XLA says so where it has to copy a whole array to split it in another way.
     assert "rematerialization" not in capfd.readouterr().err
 

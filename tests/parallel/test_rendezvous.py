@@ -1,7 +1,11 @@
 """Every number is there once, or all processes hear which one is not."""
 
 import contextlib
+import os
+import resource
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +49,39 @@ def judged(monkeypatch):
 
 def test_all_that_are_there_may_join():
     assert met([2, 0, 3, 1], 4) == [None] * 4
+
+
+@pytest.fixture
+def few_files():
+    """This process may open eight files more, until it allows itself more."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = max(map(int, os.listdir("/proc/self/fd"))) + 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held + 8, before[1]))
+    yield held
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_more_processes_than_the_usual_limit_of_open_files(few_files):
+    """A usual limit is 1,024, and 4,096 chips of v5p have as many hosts."""
+    assert met(range(16), 16) == [None] * 16
+
+
+def test_a_limit_of_open_files_that_cannot_be_raised_is_named():
+    code = (
+        "import resource, sys\n"
+        "from research.core.errors import UserError\n"
+        "from research.parallel.process_discovery import Processes\n"
+        "from research.parallel.rendezvous import meet\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))\n"
+        "try:\n"
+        "    meet(Processes('localhost:1', 64, 0, 'test'), 0.1)\n"
+        "except UserError as error:\n"
+        "    print(error)\n"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert "needs 384 open files, and this system allows 300" in said
 
 
 @pytest.mark.parametrize("indices", [[0, 1, 1], [1, 0, 0], [0, 0]])

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from research.plan.compiled import hlo_text
 from research.plan.compiled.collectives import find_collectives
 from research.plan.compiled.compile_step import read_needed
+from research.plan.compiled.schedule import read_schedule
 from research.plan.planned_devices import parse_topology
 from research.plan.step_costs import summarize
 
@@ -183,6 +184,43 @@ def test_a_tpu_program_of_two_slices_is_counted_once_and_by_its_axes(two_slices)
         ("collective-permute", "tensor"): (13, 13 * 64 * 8 * 2),
         ("reduce-scatter", "fsdp"): (1, 64 * 32 * 4),
     }
+
+
+PRODUCT = "  %product = bf16[8,8]{1,0} convolution(%kernel, %kernel), dim_labels=b\n"
+
+
+@pytest.mark.parametrize(
+    "before, hidden",
+    [
+        ("  %was = ", {"all-gather"}),
+        ("  %turned = ", {"collective-permute"}),
+        ("  %started = ", set()),
+    ],
+)
+def test_a_transfer_is_hidden_where_a_product_runs_between_its_ends(
+    two_slices, before, hidden
+):
+    text = TPU_PROGRAM.replace(before, PRODUCT + before)
+    found = read_schedule(hlo_text.parse(text), two_slices, [])
+    everything = {"all-gather", "all-reduce", "collective-permute", "reduce-scatter"}
+    assert {each.kind for each in found.hidden} == hidden
+    assert {each.kind for each in found.bare} == everything - hidden
+
+
+def test_copies_of_weights_into_another_order_are_found_by_their_sizes(two_slices):
+    """Of all layers or of one; not of activations, and not what computes."""
+    moved = (
+        "  %heavy = bf16[4,512,16,128]{3,2,1,0} parameter(3)\n"
+        "  %moved = bf16[4,512,16,128]{3,1,2,0} copy(%heavy)\n"
+        "  %one = bf16[16,1,128,512]{3,2,1,0} transpose(%heavy), dimensions={2,0,3,1}\n"
+        "  %other = bf16[4,512,16,64]{3,1,2,0} copy(%heavy)\n"
+    )
+    text = TPU_PROGRAM.replace("  %four = ", f"{moved}  %four = ")
+    found = read_schedule(hlo_text.parse(text), two_slices, [(4, 512, 16, 128)])
+    assert [(x.shape, x.nbytes, x.times) for x in found.copies] == [
+        ("bf16[4,512,16,128]", 4 * 512 * 16 * 128 * 2, 1),
+        ("bf16[16,1,128,512]", 512 * 16 * 128 * 2, 1),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,14 @@ def find_collectives(
     """
     found = []
     for execution in executions(program, unknown_trips):
-        collective = _read(execution, mesh)
+        collective = read_collective(execution, mesh)
         if collective is not None and len(collective.members) > 1:
             found.append(collective)
     return found
 
 
-def _read(execution: HloExecution, mesh: Mesh) -> Collective | None:
+def read_collective(execution: HloExecution, mesh: Mesh) -> Collective | None:
+    """The collective that an instruction begins, for devices of `mesh`; else None."""
     instruction, times = execution.instruction, execution.times
     if instruction.opcode == "send":
         return _read_crossing(instruction, times, mesh)

@@ -85,12 +85,18 @@ class HloProgram:
 
 @dataclasses.dataclass(frozen=True)
 class HloExecution:
-    """An instruction that runs `times` per step; `fused`: it is inside a fusion."""
+    """An instruction that runs `times` per step; `fused`: it is inside a fusion.
+
+    `scheduled` is its own name, or that of the fusion it is inside, and `schedule` the
+    computation of that one, which runs in the order of its instructions.
+    """
 
     instruction: HloInstruction
     computation: HloComputation
     times: float
     fused: bool
+    scheduled: str
+    schedule: HloComputation
 
 
 def parse(text: str) -> HloProgram:
@@ -122,20 +128,24 @@ def executions(program: HloProgram, unknown_trips: float) -> Iterator[HloExecuti
     `unknown_trips`: iterations of loops whose number depends on the data.
     """
 
-    def visit(name: str, times: float, fused: bool) -> Iterator[HloExecution]:
+    def visit(
+        name: str, times: float, outer: tuple[str, HloComputation] | None
+    ) -> Iterator[HloExecution]:
         computation = program.computations[name]
         for instruction in computation.values():
-            yield HloExecution(instruction, computation, times, fused)
+            at = outer or (instruction.name, computation)
+            yield HloExecution(instruction, computation, times, bool(outer), *at)
             inner = times
             if instruction.opcode == "while":
                 trips = trip_count(program, computation, instruction)
                 inner *= unknown_trips if trips is None else trips
             elif instruction.opcode.endswith(("-done", "-update")):
                 continue  # The matching start was visited.
+            fuses = instruction.opcode in ("fusion", "async-start")
             for called in instruction.runs:
-                yield from visit(called, inner, fused or instruction.opcode == "fusion")
+                yield from visit(called, inner, at if outer or fuses else None)
 
-    yield from visit(program.entry, 1.0, False)
+    yield from visit(program.entry, 1.0, None)
 
 
 def trip_count(

@@ -31,6 +31,7 @@ from research.core.atomic_files import publish_folder, sync, write_whole
 # Names that Orbax uses.
 COMMITTED = "commit_success.txt"
 MERGED = "manifest.ocdbt"
+WRITTEN_BY = "ocdbt.process_"  # and the number of the process
 PORTION = 1 << 22  # bytes read at a time
 # Errors of files that are missing or unreadable. Any other error tells nothing about
 # the bytes, and sets no checkpoint aside.
@@ -85,8 +86,9 @@ def find_damage(
     Args:
       folder: holds one checkpoint.
       index: the share of the files to read.
-      count: the number of shares. A share has whole sealed subfolders, or where there
-        are more shares than those, a part of one: on N hosts each host reads two seals.
+      count: the number of shares. A share has the folders that some processes wrote,
+        or where there are more shares than those, a part of one. So the seals that a
+        host reads do not become more with the hosts.
       item: a subfolder; only its files and the seals above it are checked. By default
         all files are.
       run: the id of the run that must have saved it; empty: any run.
@@ -155,17 +157,23 @@ def _listed(
         where = (folder / SEAL).relative_to(top)
         problems.append(f"{where}: {getattr(error, 'strerror', None) or error}")
         return
-    own, sealed = [], []
+    own, of_processes, others = [], [], []
     for name, sums in sorted(files.items()):
         path = folder / name
-        if not item or (top / item) in path.parents:
-            (sealed if path.name == SEAL else own).append((path, sums))
+        if item and (top / item) not in path.parents:
+            continue
+        is_dealt = path.name == SEAL and path.parent.name.startswith(WRITTEN_BY)
+        (of_processes if is_dealt else own).append((path, sums))
+        if path.name == SEAL and not is_dealt:
+            others.append(path.parent)
     yield from own[index::count]
-    for number, shares, share in dealt(len(sealed), index, count):
+    for inner in others:
+        yield from _listed(top, inner, problems, item, index, count)
+    for number, shares, share in dealt(len(of_processes), index, count):
+        path, sums = of_processes[number]
         if share == 0:
-            yield sealed[number]
-        inner = sealed[number][0].parent
-        yield from _listed(top, inner, problems, item, share, shares)
+            yield path, sums
+        yield from _listed(top, path.parent, problems, item, share, shares)
 
 
 def dealt(folders: int, index: int, count: int) -> Iterator[tuple[int, int, int]]:
@@ -196,7 +204,8 @@ class SealedPath(atomicity.AtomicRenameTemporaryPath):
 
 def _commit(folder: Path, final: Path) -> None:
     # The oldest Orbax that is allowed commits a step as a whole, others each item too.
-    for part in (*folder.glob("ocdbt.process_*"), *folder.glob("*/ocdbt.process_*")):
+    written = f"{WRITTEN_BY}*"
+    for part in (*folder.glob(written), *folder.glob(f"*/{written}")):
         if not (merged := part.parent / MERGED).is_file():
             # Orbax takes it for a checkpoint without arrays, and reports success.
             raise OSError(f"{merged} is missing: the arrays were not merged")
@@ -218,7 +227,7 @@ class SealedArrays(ocp.handlers.StandardCheckpointHandler):
 
         def seal_own() -> None:
             path = directory if isinstance(directory, os.PathLike) else directory.path
-            own = Path(path) / f"ocdbt.process_{jax.process_index()}"
+            own = Path(path) / f"{WRITTEN_BY}{jax.process_index()}"
             if own.is_dir():
                 seal(own)
 

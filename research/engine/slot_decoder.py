@@ -19,17 +19,27 @@ from research.config.knob_groups import MeshConfig
 from research.core.errors import UserError
 from research.engine import slot_programs as programs
 from research.engine.requests import Sampling
-from research.engine.slot_programs import CacheBlock, Round, Scores
-from research.engine.slot_sharding import (
+from research.engine.slot_programs import (
+    CacheBlock,
+    Round,
+    Scores,
+    SlotRows,
+    Slots,
+)
+from research.engine.token_choice import ChoiceState, choice_row
+from research.models.cached_attention import (
+    cache_partition,
+    constrain_cached,
+    make_attend_cached,
+)
+from research.models.transformer import Model
+from research.parallel import mesh as meshes
+from research.parallel.logit_rows import (
     make_place,
-    slot_shardings,
+    rows_partition,
     top_k_of_placed,
     top_k_of_whole,
 )
-from research.engine.token_choice import choice_row
-from research.models.cached_attention import constrain_cached, make_attend_cached
-from research.models.transformer import Model
-from research.parallel import mesh as meshes
 from research.weights.adapters.serving_bank import Row, set_row
 
 Array = jax.Array
@@ -44,6 +54,8 @@ ACCELERATOR_CHUNK, ACCELERATOR_ROUNDS = 256, 8
 SHARES = (4, 2, 1)
 # On a CPU, XLA takes ten times as long for a product of one row as for one of two.
 FEWEST_CPU_SLOTS = 2
+# Arrays of `ChoiceState` that grow with the vocabulary.
+WIDE = ("in_prompt", "counts", "allowed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,3 +360,20 @@ class SlotDecoder:
         )
         self._filled[slot] += count
         return scores
+
+
+def slot_shardings(mesh: Mesh, slots: int, kv_heads: int) -> Slots:
+    """The shardings of the state, in the place of its arrays.
+
+    An array as wide as the vocabulary lies by rows, where the tokens of its slots are
+    chosen: for 64 slots a chip, 256 chips and 128,256 ids the whole would take 8 GB.
+    """
+    keys = NamedSharding(mesh, cache_partition(mesh, slots, kv_heads))
+    whole, own = (
+        meshes.replicated(mesh),
+        NamedSharding(mesh, rows_partition(mesh, slots)),
+    )
+    choice = {field.name: whole for field in dataclasses.fields(ChoiceState)}
+    choice |= dict.fromkeys(WIDE, own)
+    rows = {field.name: whole for field in dataclasses.fields(SlotRows)}
+    return Slots(keys, keys, SlotRows(**rows | {"choice": ChoiceState(**choice)}))

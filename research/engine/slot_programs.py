@@ -21,11 +21,11 @@ from research.engine.token_choice import (
     log_probabilities,
 )
 from research.models.transformer import Cache, Model
+from research.parallel.logit_rows import TopK
 from research.weights.adapters import serving_bank
 
 Array = jax.Array
 Params = dict[str, Any]
-TopK = Callable[[Array, int], tuple[Array, Array]]
 
 
 @jax.tree_util.register_dataclass

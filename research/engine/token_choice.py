@@ -34,6 +34,7 @@ from research.engine.requests import (
     MOST_STOP_IDS,
     Sampling,
 )
+from research.parallel.logit_rows import TopK
 
 Array = jax.Array
 
@@ -219,7 +220,7 @@ def log_probabilities(
     logits_TV: Array,
     ids_T: Array,
     alternatives: Array,
-    top_k: Callable[[Array, int], tuple[Array, Array]] = jax.lax.top_k,
+    top_k: TopK = jax.lax.top_k,
 ) -> tuple[Array, Array, Array]:
     """Scores of ids under the model itself, natural logarithms in float32.
 

@@ -77,6 +77,7 @@ PROGRAMS = (
     _program("lora", "8B", "v6e:8x8", fsdp=64),
     _program("full", "8B", "v5e:8x8", fsdp=64),
     _program("full", "8B", "v5p:4x8x8", fsdp=256),
+    _program("full", "8B", "v5p:4x8x8", data=4, fsdp=64),
     _program("full", "8B", "v6e:16x16", fsdp=256),
     _program("decode", "8B", "v5e:4x4", data=2, tensor=8),
     _program("decode", "8B", "v5p:2x4x4", data=4, tensor=8),

@@ -208,7 +208,7 @@ def test_a_transfer_is_hidden_where_a_product_runs_between_its_ends(
 
 
 def test_copies_of_weights_into_another_order_are_found_by_their_sizes(two_slices):
-    """Of all layers or of one; not of activations, and not what computes."""
+    """For all layers or for one; copies of activations are not listed."""
     moved = (
         "  %heavy = bf16[4,512,16,128]{3,2,1,0} parameter(3)\n"
         "  %moved = bf16[4,512,16,128]{3,1,2,0} copy(%heavy)\n"

@@ -102,7 +102,7 @@ def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 class _Reader:
-    """What the instructions of one program do."""
+    """Reads what each instruction of one program does."""
 
     def __init__(self, program: HloProgram):
         self._program = program
@@ -144,7 +144,7 @@ class _Reader:
         last = self._end(execution, order, first)
         between = order[first + 1 : last]
         if execution.fused and last > first:
-            # A fusion that goes on with a transfer may compute beside it.
+            # A fusion that continues a transfer may compute beside it.
             between = order[first : last + 1]
         return any(map(self.computes, between))
 

@@ -1,26 +1,19 @@
-"""Where the slots lie on a mesh, and how rows of logits are split over its devices.
+"""Rows of logits split over a mesh: each device has whole rows, and as few as possible.
 
-Keys and values lie as the model's attention needs them. The arrays `[S, V]` of how
-tokens are chosen are larger than the rest of a slot, and a row of them is of use only
-where the logits of its slot are. So each device has the rows of its own slots: for 64
-slots a chip over 256 chips and a vocabulary of 128,256, all rows would be 8 GB on each.
+The partitioner would gather logits, which are as wide as the vocabulary, to every
+device wherever rows are sorted.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from research.engine.slot_programs import SlotRows, Slots, TopK
-from research.engine.token_choice import ChoiceState
-from research.models.cached_attention import cache_partition
 from research.parallel import mesh as meshes
 
 Array = jax.Array
-# Arrays of `ChoiceState` that grow with the vocabulary.
-WIDE = ("in_prompt", "counts", "allowed")
-# Devices that hold one slot can each choose the tokens of a part of the slots.
+TopK = Callable[[Array, int], tuple[Array, Array]]
+# Devices along `tensor` hold the same rows of a batch: each may take a part of them.
 ROW_AXES = (*meshes.BATCH_AXES, "tensor")
 
 
@@ -30,19 +23,6 @@ def rows_partition(mesh: Mesh, rows: int) -> PartitionSpec:
         if rows % meshes.ways(mesh, axes) == 0:
             return PartitionSpec(axes)
     return PartitionSpec()
-
-
-def slot_shardings(mesh: Mesh, slots: int, kv_heads: int) -> Slots:
-    """The shardings of the state, in the place of its arrays."""
-    keys = NamedSharding(mesh, cache_partition(mesh, slots, kv_heads))
-    whole, own = (
-        meshes.replicated(mesh),
-        NamedSharding(mesh, rows_partition(mesh, slots)),
-    )
-    choice = {field.name: whole for field in dataclasses.fields(ChoiceState)}
-    choice |= dict.fromkeys(WIDE, own)
-    rows = {field.name: whole for field in dataclasses.fields(SlotRows)}
-    return Slots(keys, keys, SlotRows(**rows | {"choice": ChoiceState(**choice)}))
 
 
 def make_place(mesh: Mesh) -> Callable[[Array], Array]:
@@ -60,10 +40,7 @@ def make_place(mesh: Mesh) -> Callable[[Array], Array]:
 
 
 def top_k_of_placed(mesh: Mesh) -> TopK:
-    """Makes `jax.lax.top_k` of rows `[R, V]` that `make_place` has split.
-
-    The partitioner would gather all rows to every device.
-    """
+    """Makes `jax.lax.top_k` of rows `[R, V]` that `make_place` has split."""
 
     def top_k(x_RV: Array, count: int) -> tuple[Array, Array]:
         rows = rows_partition(mesh, x_RV.shape[0])

@@ -46,12 +46,19 @@ CASES: dict[str, dict[str, Any]] = {
     "olora": {"init_lora_weights": "olora"},
     "pissa_niter": {"init_lora_weights": "pissa_niter_4"},
     "eva": {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=2.0)},
+    "eva_labels": {
+        "init_lora_weights": "eva",
+        "eva_config": EvaConfig(rho=2.0),
+        "target_modules": ["q_proj", "k_proj", "down_proj"],
+    },
     "vera": {},
     "dora": {
         "use_dora": True,
         "target_modules": ["q_proj", "down_proj", "embed_tokens"],
     },
 }
+# Those of which the start alone is recorded: they train as another one.
+STARTS = ("eva_labels",)
 # Those whose merge adds one product to the original weight, and rounds once.
 MERGED = ("lora", "rslora", "dora", "vera")
 
@@ -68,6 +75,16 @@ def rows() -> np.ndarray:
     return drawn[np.arange(STEPS) % BATCHES]
 
 
+def labels() -> np.ndarray:
+    """Those of Hugging Face for the inputs of `rows`: the id, or -100 in a prompt.
+
+    Prompts have 5, 8, 11 and 14 tokens.
+    """
+    ids = rows()[:BATCHES, :, :-1]
+    prompts = 5 + 3 * np.arange(ROWS)
+    return np.where(np.arange(LENGTH) < prompts[:, None], -100, ids)
+
+
 def _family() -> tiny.Family:
     (family,) = [x for x in tiny.families() if x.name == MODEL]
     return family
@@ -80,9 +97,13 @@ def _adapted(case: str, model: Any) -> Any:
         model = get_peft_model(model, VeraConfig(**usual))
     else:
         model = get_peft_model(model, LoraConfig(**USUAL | CASES[case]))
-    if case == "eva":
+    if case.startswith("eva"):
         ids = torch.from_numpy(rows()[:BATCHES, :, :-1].astype(np.int64))
         inputs = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
+        if case == "eva_labels":
+            said = torch.from_numpy(labels().astype(np.int64))
+            for batch, own in zip(inputs, said, strict=True):
+                batch["labels"] = own
         initialize_lora_eva_weights(model, inputs, show_progress_bar=False)
     return model
 
@@ -116,7 +137,26 @@ def compute(case: str) -> tuple[dict[str, Any], Arrays]:
 
 def _compute(case: str) -> tuple[dict[str, Any], Arrays]:
     model = _adapted(case, tiny.build(_family()))
-    _, start = _saved(model)
+    config, start = _saved(model)
+    arrays = {"rows": rows()[:BATCHES]}
+    arrays |= {f"start {name}": value for name, value in start.items()}
+    if case in STARTS:
+        arrays["labels"] = labels()
+    else:
+        arrays["losses"] = np.float32(_losses(case, model))
+        _, final = _saved(model)
+        arrays |= {f"final {name}": value for name, value in final.items()}
+    # A folder of this machine, and sets, which PEFT writes in any order.
+    config["base_model_name_or_path"] = MODEL
+    for field, value in config.items():
+        config[field] = sorted(value) if isinstance(value, list) else value
+    if case in MERGED:
+        arrays |= _merged(model)
+    return config, arrays
+
+
+def _losses(case: str, model: Any) -> list[float]:
+    """Those of the steps, which train `model`."""
     optimizer, losses = _optimizer(case, model), []
     for batch in torch.from_numpy(rows().astype(np.int64)):
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
@@ -128,17 +168,7 @@ def _compute(case: str) -> tuple[dict[str, Any], Arrays]:
         optimizer.step()
         losses.append(loss.item())
     require(losses[-1] < losses[0] - 0.2, f"{case}: the losses are {losses}")
-    config, final = _saved(model)
-    # A folder of this machine, and sets, which PEFT writes in any order.
-    config["base_model_name_or_path"] = MODEL
-    for field, value in config.items():
-        config[field] = sorted(value) if isinstance(value, list) else value
-    arrays = {"losses": np.float32(losses), "rows": rows()[:BATCHES]}
-    arrays |= {f"start {name}": value for name, value in start.items()}
-    arrays |= {f"final {name}": value for name, value in final.items()}
-    if case in MERGED:
-        arrays |= _merged(model)
-    return config, arrays
+    return losses
 
 
 def _merged(model: Any) -> Arrays:

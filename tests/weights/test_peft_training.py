@@ -38,10 +38,12 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 RATE = 5e-3
 MODULES = {
     "layers.attention.query.kernel": "model.layers.{}.self_attn.q_proj",
+    "layers.attention.key.kernel": "model.layers.{}.self_attn.k_proj",
     "layers.mlp.down.kernel": "model.layers.{}.mlp.down_proj",
     "embedding.table": "model.embed_tokens",
 }
-LINEAR = tuple(MODULES)[:2]
+QUERY, KEY, DOWN, TABLE = MODULES
+LINEAR = (QUERY, DOWN)
 LORAPLUS = {"rate_pattern": (r"\.b$=16",)}
 # How a config asks for what `golden/training.py` asks PEFT for.
 CASES = {
@@ -52,12 +54,14 @@ CASES = {
     "orthogonal": ({"kind": "orthogonal"}, {}),
     "pissa": ({"kind": "pissa"}, {}),
     "olora": ({"kind": "olora"}, {}),
-    "dora": ({"kind": "dora", "targets": tuple(MODULES)}, {}),
+    "dora": ({"kind": "dora", "targets": (*LINEAR, TABLE)}, {}),
     "pissa_niter": ({"kind": "pissa", "pissa_niter": 4}, {}),
     "eva": ({"kind": "eva"}, {}),
+    "eva_labels": ({"kind": "eva", "targets": (QUERY, KEY, DOWN)}, {}),
     "vera": ({"kind": "vera"}, {"learning_rate": 0.2}),
 }
 # The others run the programs of these, or take longer than a quick test may.
+STARTS = ("eva_labels",)
 PROGRAMS = ("lora", "rslora", "loraplus", "pissa", "dora", "vera")
 
 
@@ -157,7 +161,9 @@ def slope(kind, adapters, settings, tokens):
     return jax.value_and_grad(loss)(adapters)
 
 
-@pytest.mark.parametrize("case", [x if x in PROGRAMS else in_soak(x) for x in CASES])
+@pytest.mark.parametrize(
+    "case", [x if x in PROGRAMS else in_soak(x) for x in CASES if x not in STARTS]
+)
 def test_twenty_steps_follow_those_of_peft(case):
     kind, config, adapters = started(case)
     settings = kind.settings(kind.ranks(adapters), config)
@@ -227,19 +233,23 @@ def test_a_fast_start_out_of_the_weights_is_nearly_the_exact_one():
         assert ours <= 1.002 * exact
 
 
-def test_evas_ranks_and_directions_are_those_of_peft():
+@pytest.mark.parametrize("case", ["eva", "eva_labels"])
+def test_evas_ranks_and_directions_are_those_of_peft(case):
     """Both read the same batches; sums of PEFT forget a part of them."""
-    kind, config, peft = started("eva")
+    kind, config, peft = started(case)
     model, params = base()
-    tokens = recorded("eva")["rows"][:, :, :-1]
+    tokens = recorded(case)["rows"][:, :, :-1]
     places = np.broadcast_to(np.arange(tokens.shape[-1]), tokens.shape)
     zeros = np.zeros(tokens.shape, np.int32)
+    # PEFT's labels lie on the tokens, and weights on those that predict them.
+    labels = recorded(case).get("labels", tokens)
+    weights = np.roll(labels != -100, -1, -1)
     # Padding counts for nothing.
-    tokens, places, real = (
+    tokens, places, real, weights = (
         np.pad(x, [(0, 0), (0, 0), (0, 5)]).astype(np.int32)
-        for x in (tokens, places, zeros + 1)
+        for x in (tokens, places, zeros + 1, weights)
     )
-    batch = Batch(tokens, tokens, np.float32(real), real, places, tokens)
+    batch = Batch(tokens, tokens, np.float32(weights), real, places, tokens)
     split = SimpleNamespace(kind=kind)
     definition = SimpleNamespace(model=model, trainable=split)
     specs = kind.specs(model.specs, config)
@@ -247,8 +257,10 @@ def test_evas_ranks_and_directions_are_those_of_peft():
     start = kind.init(jax.random.key(0), model.specs, config, params, found)
     for path, own in start.items():
         assert not own["b"].any()
-        a = np.asarray(own["a"]).reshape(2, -1, 8)
-        theirs = np.asarray(peft[path]["a"]).reshape(2, -1, 8)
+        a, theirs = (
+            np.asarray(x).reshape(2, -1, x.shape[-1])
+            for x in (own["a"], peft[path]["a"])
+        )
         ranks = [np.linalg.matrix_rank(x) for x in a]
         assert ranks == [np.linalg.matrix_rank(x) for x in theirs]
         for rank, mine, other in zip(ranks, a, theirs, strict=True):
@@ -258,6 +270,13 @@ def test_evas_ranks_and_directions_are_those_of_peft():
             assert np.linalg.norm(mine.T @ other, axis=0).min() > 0.9
     settings = kind.settings(kind.ranks(start), config)
     assert set(settings.scales.values()) == {1.5}
+
+
+def test_batches_without_a_trained_token_have_no_directions():
+    tokens = recorded("eva")["rows"][:, :, :-1]
+    batch = Batch(tokens, tokens, np.zeros(tokens.shape, np.float32), *(tokens,) * 3)
+    with pytest.raises(UserError, match="first 2 batches is trained, .* eva_batches"):
+        measure_directions(SimpleNamespace(model=base()[0]), {}, [batch] * 2, {})
 
 
 @pytest.mark.parametrize("case", ["pissa", "olora"])

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from research.core.errors import UserError
 from research.data.token_batch import Batch
 from research.train.step.train_step import StepDefinition
 from research.weights.adapters.adapter_kind import InputDirections
@@ -36,9 +37,20 @@ def measure_directions(
     Args:
       definition: of the step; its model computes in evaluation, without noise.
       frozen: the base.
-      batches: on the devices, `[microbatch, rows, seq]`; padding does not count.
+      batches: on the devices, `[microbatch, rows, seq]`.
       adapters: the specs of the factors by path.
+
+    Raises:
+      UserError: no token of the batches is trained.
     """
+    trained = jax.jit(lambda batch: jnp.sum(_is_trained(batch)))
+    count = sum(map(trained, batches))
+    if not int(count):
+        raise UserError(
+            f"no token of the run's first {len(batches)} batches is trained, and "
+            "adapters start from the inputs of those that are: raise "
+            "--config.lora.eva_batches or --config.data.seq_len"
+        )
     # The basis of one factor A: its own axes, but with the spare directions.
     kind, wanted, width = definition.trainable.kind, {}, {}
     for path, factors in adapters.items():
@@ -49,11 +61,10 @@ def measure_directions(
     sums = jax.jit(functools.partial(_sums, definition))
     turn = jax.jit(functools.partial(_turned, kind.about_mean))
     for last in (False,) * ROUNDS + (True,):
-        total, count = None, 0
+        total = None
         for batch in batches:
             own = sums(frozen, basis, batch)
             total = own if total is None else jax.tree.map(jnp.add, total, own)
-            count = count + jnp.sum(batch.segments != 0)
         if not last:
             basis = turn(basis, total, count)
     best = functools.partial(_directions, wanted, kind.about_mean)
@@ -73,6 +84,17 @@ def _drawn(
     return found
 
 
+def _is_trained(batch: Batch) -> Array:
+    """Whether each input token is itself a trained target, as PEFT's label mask says.
+
+    Labels of Hugging Face lie on the tokens themselves, and our weights on the token
+    before. The first token of a document is no target: it counts if the next one does.
+    """
+    before = jnp.pad(batch.weights, [(0, 0)] * (batch.weights.ndim - 1) + [(1, 0)])
+    own = jnp.where(batch.positions == 0, batch.weights, before[..., :-1])
+    return (own > 0) & (batch.segments != 0)
+
+
 def _sums(
     definition: StepDefinition, frozen: Params, basis: dict[str, Array], batch: Batch
 ) -> dict[str, InputSums]:
@@ -80,7 +102,7 @@ def _sums(
 
     def add(found: dict[str, InputSums], part: Batch) -> tuple[Any, None]:
         def run(sums: dict[str, InputSums]) -> Array:
-            seen = (part.segments != 0).astype(jnp.float32)
+            seen = _is_trained(part).astype(jnp.float32)
             observed = {
                 path: ObservedInputs(
                     frozen[path],

@@ -275,7 +275,7 @@ def test_evas_ranks_and_directions_are_those_of_peft(case):
 def test_batches_without_a_trained_token_have_no_directions():
     tokens = recorded("eva")["rows"][:, :, :-1]
     batch = Batch(tokens, tokens, np.zeros(tokens.shape, np.float32), *(tokens,) * 3)
-    with pytest.raises(UserError, match="first 2 batches is trained, .* eva_batches"):
+    with pytest.raises(UserError, match=r"first 2 batches is trained, .*eva_batches"):
         measure_directions(SimpleNamespace(model=base()[0]), {}, [batch] * 2, {})
 
 

@@ -275,8 +275,10 @@ def test_evas_ranks_and_directions_are_those_of_peft(case):
 def test_batches_without_a_trained_token_have_no_directions():
     tokens = recorded("eva")["rows"][:, :, :-1]
     batch = Batch(tokens, tokens, np.zeros(tokens.shape, np.float32), *(tokens,) * 3)
+    split = SimpleNamespace(kind=find_kind("eva"))
+    definition = SimpleNamespace(model=base()[0], trainable=split)
     with pytest.raises(UserError, match=r"first 2 batches is trained, .*eva_batches"):
-        measure_directions(SimpleNamespace(model=base()[0]), {}, [batch] * 2, {})
+        measure_directions(definition, {}, [batch] * 2, {})
 
 
 @pytest.mark.parametrize("case", ["pissa", "olora"])

@@ -7,7 +7,7 @@ adapters, and lies over the mesh as they do.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,10 +41,11 @@ def measure_directions(
       adapters: the specs of the factors by path.
 
     Raises:
-      UserError: no token of the batches is trained.
+      UserError: no token of the batches counts.
     """
-    trained = jax.jit(lambda batch: jnp.sum(_is_trained(batch)))
-    count = sum(map(trained, batches))
+    kind, wanted, width = definition.trainable.kind, {}, {}
+    counts = _is_trained if kind.of_trained_tokens else _is_real
+    count = sum(map(jax.jit(lambda batch: jnp.sum(counts(batch))), batches))
     if not int(count):
         raise UserError(
             f"no token of the run's first {len(batches)} batches is trained, and "
@@ -52,13 +53,12 @@ def measure_directions(
             "--config.lora.eva_batches or --config.data.seq_len"
         )
     # The basis of one factor A: its own axes, but with the spare directions.
-    kind, wanted, width = definition.trainable.kind, {}, {}
     for path, factors in adapters.items():
         inputs, rank = factors["a"].as_matrix.shape[-2:]
         wanted[path] = min(kind.directions(rank), inputs)
         width[path] = min(wanted[path] + SPARE, inputs)
     basis = jax.jit(functools.partial(_drawn, adapters, width))()
-    sums = jax.jit(functools.partial(_sums, definition))
+    sums = jax.jit(functools.partial(_sums, definition, counts))
     turn = jax.jit(functools.partial(_turned, kind.about_mean))
     for last in (False,) * ROUNDS + (True,):
         total = None
@@ -92,17 +92,25 @@ def _is_trained(batch: Batch) -> Array:
     """
     before = jnp.pad(batch.weights, [(0, 0)] * (batch.weights.ndim - 1) + [(1, 0)])
     own = jnp.where(batch.positions == 0, batch.weights, before[..., :-1])
-    return (own > 0) & (batch.segments != 0)
+    return (own > 0) & _is_real(batch)
+
+
+def _is_real(batch: Batch) -> Array:
+    return batch.segments != 0
 
 
 def _sums(
-    definition: StepDefinition, frozen: Params, basis: dict[str, Array], batch: Batch
+    definition: StepDefinition,
+    counts: Callable[[Batch], Array],
+    frozen: Params,
+    basis: dict[str, Array],
+    batch: Batch,
 ) -> dict[str, InputSums]:
     """The sums over the tokens of one batch."""
 
     def add(found: dict[str, InputSums], part: Batch) -> tuple[Any, None]:
         def run(sums: dict[str, InputSums]) -> Array:
-            seen = _is_trained(part).astype(jnp.float32)
+            seen = counts(part).astype(jnp.float32)
             observed = {
                 path: ObservedInputs(
                     frozen[path],

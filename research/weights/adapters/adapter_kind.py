@@ -77,6 +77,7 @@ class AdapterKind(abc.ABC):
       reads_lost: it starts from what codes of the base have lost: no no-op.
       about_mean: its `inputs` are the directions of the variance, or else those of the
         mean square, in which the mean counts.
+      of_trained_tokens: its `inputs` are those at trained tokens, or else at all.
     """
 
     name: str
@@ -85,6 +86,7 @@ class AdapterKind(abc.ABC):
     reads_lost: bool = False
     has_gains: bool = False
     about_mean: bool = True
+    of_trained_tokens: bool = False
 
     # A kind defines these methods, each about one matrix.
 

@@ -36,6 +36,7 @@ class EVA(LoRA):
 
     name = "eva"
     reads_inputs = True
+    of_trained_tokens = True
 
     def widened(self, config: LoRAConfig) -> LoRAConfig:
         def wide(override: str) -> str:

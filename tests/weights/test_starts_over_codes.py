@@ -94,7 +94,8 @@ def test_directions_are_those_of_the_mean_square_or_of_the_variance(kind):
         return contract(jnp.array(table)[tokens], params["w"])
 
     tokens = np.arange(200).reshape(1, 2, 100)
-    batch = Batch(*[tokens] * 3, np.int32(real)[None], tokens, tokens)
+    weights = np.ones(tokens.shape, np.float32)
+    batch = Batch(tokens, tokens, weights, np.int32(real)[None], tokens, tokens)
     definition = SimpleNamespace(
         model=SimpleNamespace(hidden=hidden),
         trainable=SimpleNamespace(kind=find_kind(kind)),

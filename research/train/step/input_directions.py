@@ -88,10 +88,12 @@ def _is_trained(batch: Batch) -> Array:
     """Whether each input token is itself a trained target, as PEFT's label mask says.
 
     Labels of Hugging Face lie on the tokens themselves, and our weights on the token
-    before. The first token of a document is no target: it counts if the next one does.
+    before. The first token of a document or row is no target here: it counts if the
+    next one does.
     """
-    before = jnp.pad(batch.weights, [(0, 0)] * (batch.weights.ndim - 1) + [(1, 0)])
-    own = jnp.where(batch.positions == 0, batch.weights, before[..., :-1])
+    weights = batch.weights
+    before = jnp.concatenate([weights[..., :1], weights[..., :-1]], -1)
+    own = jnp.where(batch.positions == 0, weights, before)
     return (own > 0) & _is_real(batch)
 
 

@@ -208,7 +208,10 @@ def _logits(
     q_segments_BT = _part(rows.q_segments, i, block, 1)
     k_segments_BS = _part(rows.k_segments, j, block, 1)
     same_BTS = q_segments_BT[:, :, None] == k_segments_BS[:, None, :]
-    return jnp.where((same_BTS & order_TS[None])[:, None, None], logits, MASKED)
+    # The barrier has the mask made once. XLA's CPU compiler would otherwise compute it
+    # again for every head, and in each use of the logits.
+    seen_BTS = jax.lax.optimization_barrier(same_BTS & order_TS[None])
+    return jnp.where(seen_BTS[:, None, None], logits, MASKED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -225,12 +228,12 @@ def _blocked(
 
 
 def _blocked_forward(q_BTNH, k_BSKH, v_BSKH, sinks_N, rows, block, softcap):
-    q = _heads_first(q_BTNH * q_BTNH.shape[-1] ** -0.5, k_BSKH.shape[2])
+    kv_heads, scale = k_BSKH.shape[2], q_BTNH.shape[-1] ** -0.5
     k, v = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
 
     def queries(i, carry):
         output, normalizer = carry
-        q_block = _part(q, i, block, 3)
+        q_block = _heads_first(_part(q_BTNH, i, block, 1) * scale, kv_heads)
 
         def keys(j, carry):
             largest, total, mixed = carry
@@ -251,14 +254,16 @@ def _blocked_forward(q_BTNH, k_BSKH, v_BSKH, sinks_N, rows, block, softcap):
         largest, total, mixed = jax.lax.fori_loop(
             rows.first[i], rows.end[i], keys, start_of_softmax(q_block, sinks_N)
         )
-        mixed = _heads_last((mixed / total).astype(q.dtype))
+        mixed = _heads_last((mixed / total).astype(q_BTNH.dtype))
         return (
             _put(output, mixed, i, block, 1),
             _put(normalizer, largest + jnp.log(total), i, block, 3),
         )
 
-    empty = jnp.zeros_like(q_BTNH), jnp.zeros((*q.shape[:-1], 1), jnp.float32)
-    blocks = q_BTNH.shape[1] // block
+    batch, length, heads, _ = q_BTNH.shape
+    each = (batch, kv_heads, heads // kv_heads, length, 1)
+    empty = jnp.zeros_like(q_BTNH), jnp.zeros(each, jnp.float32)
+    blocks = length // block
     output, normalizer = jax.lax.fori_loop(0, blocks, queries, empty)
     return output, (q_BTNH, k_BSKH, v_BSKH, sinks_N, rows, output, normalizer)
 
@@ -266,8 +271,6 @@ def _blocked_forward(q_BTNH, k_BSKH, v_BSKH, sinks_N, rows, block, softcap):
 def _blocked_backward(block, softcap, residuals, d_output_BTNH):
     q_BTNH, k_BSKH, v_BSKH, sinks_N, rows, output_BTNH, normalizer = residuals
     kv_heads, scale = k_BSKH.shape[2], q_BTNH.shape[-1] ** -0.5
-    q = _heads_first(q_BTNH * scale, kv_heads)
-    d_output = _heads_first(d_output_BTNH, kv_heads)
     k, v = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
     product = d_output_BTNH.astype(jnp.float32) * output_BTNH.astype(jnp.float32)
     along = _heads_first(jnp.sum(product, axis=-1, keepdims=True), kv_heads)
@@ -275,8 +278,11 @@ def _blocked_backward(block, softcap, residuals, d_output_BTNH):
 
     def queries(i, carry):
         d_q, d_k, d_v = carry
-        parts = (_part(x, i, block, 3) for x in (q, d_output, normalizer, along))
-        q_block, d_block, normalizer_block, along_block = parts
+        q_block = _heads_first(_part(q_BTNH, i, block, 1) * scale, kv_heads)
+        d_block = _heads_first(_part(d_output_BTNH, i, block, 1), kv_heads)
+        normalizer_block, along_block = (
+            _part(x, i, block, 3) for x in (normalizer, along)
+        )
 
         def keys(j, carry):
             d_q_block, d_k, d_v = carry
@@ -287,8 +293,8 @@ def _blocked_backward(block, softcap, residuals, d_output_BTNH):
             d_logits = weights * (d_weights - along_block)
             if softcap:  # The slope of tanh; masked logits have no weight anyway.
                 d_logits *= 1.0 - (jnp.maximum(logits, -softcap) / softcap) ** 2
-            d_logits = d_logits.astype(q.dtype)
-            weights = weights.astype(q.dtype)
+            d_logits = d_logits.astype(q_BTNH.dtype)
+            weights = weights.astype(q_BTNH.dtype)
             d_q_block += mix("BKGTS,BKSH->BKGTH", d_logits, k_block)
             d_k_block = mix("BKGTS,BKGTH->BKSH", d_logits, q_block)
             d_v_block = mix("BKGTS,BKGTH->BKSH", weights, d_block)
@@ -298,7 +304,7 @@ def _blocked_backward(block, softcap, residuals, d_output_BTNH):
 
         start = jnp.zeros(q_block.shape, jnp.float32), d_k, d_v
         d_q_block, d_k, d_v = jax.lax.fori_loop(rows.first[i], rows.end[i], keys, start)
-        d_q_block = _heads_last((d_q_block * scale).astype(q.dtype))
+        d_q_block = _heads_last((d_q_block * scale).astype(q_BTNH.dtype))
         return _put(d_q, d_q_block, i, block, 1), d_k, d_v
 
     empty = (
@@ -310,7 +316,8 @@ def _blocked_backward(block, softcap, residuals, d_output_BTNH):
     d_sinks = None
     if sinks_N is not None:
         # Its weight is that of a key whose value is zero.
-        weights = jnp.exp(sinks_N.reshape(*q.shape[1:3], 1, 1)[None] - normalizer)
+        sinks = sinks_N.reshape(*normalizer.shape[1:3], 1, 1)
+        weights = jnp.exp(sinks[None] - normalizer)
         d_sinks = -jnp.sum(weights * along, axis=(0, 3, 4))
         d_sinks = d_sinks.reshape(-1).astype(sinks_N.dtype)
     return d_q, d_k, d_v, d_sinks, None

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from research.evaluate.statistics import resampling
 from research.evaluate.statistics.measured import Floats, Measured
@@ -223,7 +223,7 @@ def _rows_needed(effect: float | None, rows_per_cluster: float) -> int:
     5 % at all.
     """
     least = math.ceil(1 - math.log2(ALPHA))
-    tail = float(stats.norm.ppf(1 - ALPHA / 2))
-    reach = tail + float(stats.norm.ppf(POWER))
+    tail = float(special.ndtri(1 - ALPHA / 2))
+    reach = tail + float(special.ndtri(POWER))
     clusters = max(least, (reach / effect) ** 2 + tail**2 / 2) if effect else least
     return math.ceil(clusters * rows_per_cluster)

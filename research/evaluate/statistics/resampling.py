@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from research.evaluate.statistics.measured import Floats
 
@@ -71,16 +71,16 @@ def bootstrap(
     below = np.searchsorted(values, found - near)
     equal = np.searchsorted(values, found + near, side="right") - below
     edge = 0.5 / len(values)
-    bias = stats.norm.ppf(np.clip((below + equal / 2) / len(values), edge, 1 - edge))
+    bias = special.ndtri(np.clip((below + equal / 2) / len(values), edge, 1 - edge))
     spread, _ = jackknife(sums, value_of)
     scale = np.sum(spread**2) ** 1.5
     acceleration = np.sum(spread**3) / (6 * scale) if scale > 0 else 0.0
-    tail = stats.t.ppf((1 + LEVEL) / 2, count - 1) * np.sqrt(count / (count - 1))
+    tail = special.stdtrit(count - 1, (1 + LEVEL) / 2) * np.sqrt(count / (count - 1))
     reach = bias + np.array([-tail, tail])
     # Where the acceleration is so strong that BCa breaks down, it is not applied.
     slope = 1 - acceleration * reach
     corrected = bias + (reach / slope if np.all(slope > 0) else reach)
-    low, high = np.quantile(values, stats.norm.cdf(corrected))
+    low, high = np.quantile(values, special.ndtr(corrected))
     return float(low), float(high)
 
 

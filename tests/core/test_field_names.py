@@ -90,6 +90,31 @@ def test_the_table_names_knobs_and_no_name_twice():
             assert any(f"{x}.".startswith(f"{path}.") for x in KNOBS), (name, path)
 
 
+@pytest.mark.parametrize(
+    "name, knob",
+    [
+        ("adapter_name_or_path", "lora.init_from"),
+        ("bias", "lora.full"),
+        ("init_lora_weights", "lora.kind"),
+        ("loftq_config", "lora.kind"),
+        ("lr_groups", "optim.rate_pattern"),
+        ("modules_to_save", "lora.full"),
+        ("pissa_iter", "lora.pissa_niter"),
+    ],
+)
+def test_names_of_adapters_lead_to_the_knobs_that_do_it(name, knob):
+    assert names_of_others()[name][0] == knob
+
+
+def test_names_of_exports_lead_to_the_flags_that_do_it():
+    others = flags_of_others()
+    for name in ("merge_lora", "adapter_only", "gguf"):
+        assert "gguf-adapter" in others[name]["format"]
+    for name in ("quantization_method", "quant_type", "quantize"):
+        assert "--format=gguf" in others[name]["quant"]
+        assert "--quant=q8_0" in others[name][""]
+
+
 @pytest.mark.parametrize("name", str.split(TYPED))
 def test_a_name_of_another_trainer_is_explained_however_it_is_typed(name, refused):
     dashes = name.replace("_", "-")
@@ -274,7 +299,7 @@ OF_DOORS = [
     (GenerateFlags, "typical_p=4", "not exist here: answers are chosen by --temperatu"),
     (EvaluateFlags, "top_k=3", "not exist here: it is a flag of research.generate"),
     (ServeFlags, "load_in_8bit", "--weights here: int8 holds"),
-    (ServeFlags, "load_in_4bit", "does not exist here: weights are not quantised"),
+    (ServeFlags, "load_in_4bit", "does not exist here: weights are read as they"),
     (ServeFlags, "max_model_len=512", "--context here: tokens of a prompt and its"),
     (ServeFlags, "served-model-name=x", "does not exist here: a model has the name of"),
     (ServeFlags, "api_key=5", "--api_key_file here: a file of keys"),
@@ -289,7 +314,11 @@ OF_DOORS = [
         "python -m research.evaluate.harness --run=RUN -- ",
     ),
     (ServeFlags, "stop=x", "does not exist here: it is --stop of research.generate"),
-    (GenerateFlags, "load_in_4bit", "does not exist here: weights are not quantised"),
+    (
+        GenerateFlags,
+        "load_in_4bit",
+        "does not exist here: weights are read as they",
+    ),
     (GenerateFlags, "tensor_parallel_size=2", "does not exist here: all visible dev"),
     (GenerateFlags, "lora_r=8", "--config.lora.rank=8 in research.train, and is no f"),
     (GenerateFlags, "tempereture=1", "did you mean 'temperature'?"),

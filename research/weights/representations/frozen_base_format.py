@@ -16,8 +16,8 @@ Array = jax.Array
 class BaseFormat(Protocol):
     """One format of frozen weights, a value of `config.model.quantize`.
 
-    A new one is a file beside this one: a `QuantizedMatrix`, and a `FORMAT` that makes
-    it.
+    A new one is a file in `weights/quantized/`: a `QuantizedMatrix`, and a `FORMAT`
+    that makes it.
     """
 
     def specs(self, spec: Spec) -> Any:

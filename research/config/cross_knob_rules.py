@@ -33,6 +33,11 @@ def _lists_hub(path: str) -> bool:
     return len(parts) > 1 and any(map(is_hub, parts))
 
 
+def _is_of_b(override: str) -> bool:
+    """Whether it is LoRA+ as the documentation writes it."""
+    return override.rpartition("=")[0] in ("[.]b$", r"\.b$")
+
+
 def _is_size(held_out: float) -> bool:
     return 0 <= held_out < 1 or (held_out >= 1 and held_out == int(held_out))
 
@@ -49,6 +54,22 @@ RULES = (
         "VeRA's random matrices are shared by all layers, so it has no choice of "
         "layers: use another kind",
         lambda c: not c.lora.layers or c.lora.kind != "vera",
+    ),
+    Rule(
+        ("trainable", "model.quantize"),
+        "codes do not train: set --config.model.quantize=none, or "
+        "--config.trainable=lora",
+        lambda c: c.trainable == "lora" or c.model.quantize == "none",
+    ),
+    Rule(
+        ("lora.kind", "optim.rate_pattern"),
+        "LoRA+ gives the factors B a rate of their own, and VeRA trains none: drop the "
+        "pattern, or use another kind",
+        lambda c: (
+            c.trainable != "lora"
+            or c.lora.kind != "vera"
+            or not any(map(_is_of_b, c.optim.rate_pattern))
+        ),
     ),
     Rule(
         ("lora.kind", "lora.rslora"),
@@ -196,7 +217,6 @@ ACTS: dict[str, Conditions] = {
     "replace_export": _only("export", True),
     "model.preset": RANDOM,
     "model.param_dtype": _only("trainable", "full"),
-    "model.quantize": _only("trainable", "lora"),
     "model.attention_block": _only("model.attention", "auto", "xla"),
     "lora": ADAPTERS,
     "lora.pissa_niter": ADAPTERS + _only("lora.kind", "pissa"),

@@ -109,8 +109,8 @@ def make(
     `kept` has the codes of the matrices that stay as their file has them, by path.
 
     Raises:
-      UserError: targets match nothing, a rank is below 1, a parameter would be trained
-        whole and have an adapter, or the config gives trained weights a format.
+      UserError: targets match nothing, a rank is below 1, or a parameter would be
+        trained whole and have an adapter.
     """
     ways = {
         "lora": functools.partial(_make_adapters, kept=kept),
@@ -135,8 +135,8 @@ def _make_adapters(
         path: spec if path in full else stored.specs(spec)
         for path, spec in specs.items()
     } | {
-        path: kept_specs(specs[path], kind)
-        for path, kind in kept.items()
+        path: kept_specs(specs[path], codes)
+        for path, codes in kept.items()
         if path not in full
     }
     for path in full:
@@ -200,12 +200,6 @@ def _full(patterns: Sequence[str], specs: Mapping[str, Spec]) -> dict[str, Spec]
 def _make_full(
     model: ModelConfig, lora: LoRAConfig, specs: Mapping[str, Spec]
 ) -> Trainable:
-    if model.quantize != "none":
-        raise UserError(
-            f"config.model.quantize is {model.quantize!r} and config.trainable is "
-            "'full': codes do not train; use --config.model.quantize=none, or "
-            "--config.trainable=lora"
-        )
     return Trainable(
         specs=dict(specs),
         frozen_specs={},

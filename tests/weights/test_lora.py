@@ -12,7 +12,7 @@ from flax import linen, nnx
 from helpers import TINY, close, in_soak, random_adapters, random_params
 
 from research.config.choices import ADAPTER_MODULES
-from research.config.run_config import Config, LoRAConfig, ModelConfig
+from research.config.run_config import Config, LoRAConfig, ModelConfig, OptimConfig
 from research.core.errors import UserError
 from research.models.transformer import Model
 from research.weights import parameter_paths, trainable
@@ -484,6 +484,14 @@ def test_layers_that_are_not_there_are_refused(layers, targets, said, model):
     config = LoRAConfig(layers=layers, targets=(targets,))
     with pytest.raises(UserError, match=said):
         lora.adapter_specs(model.specs, config)
+
+
+def test_vera_has_no_factors_b_for_loraplus():
+    lora, optim = LoRAConfig(kind="vera"), OptimConfig(rate_pattern=("[.]b$=16",))
+    with pytest.raises(UserError, match=r"'vera', .*and VeRA trains none: drop the"):
+        Config(lora=lora, optim=optim)
+    own = dataclasses.replace(optim, rate_pattern=("lambda_b$=16",))
+    Config(lora=lora, optim=own)
 
 
 def test_dora_has_no_choice_of_layers():

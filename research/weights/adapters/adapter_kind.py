@@ -25,6 +25,7 @@ from research.weights.adapters.chosen_layers import (
 from research.weights.contraction import materialize
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Leaf, Matrix
+from research.weights.representations.low_rank import LowRank
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -173,9 +174,11 @@ class AdapterKind(abc.ABC):
         Raises:
           UserError: adapters of this kind cannot be taken out again.
         """
-        raise UserError(
-            f"adapters of kind {self.name!r} cannot be taken out of merged weights"
-        )
+        if not isinstance(adapted, LowRank):
+            raise UserError(
+                f"adapters of kind {self.name!r} cannot be taken out of merged weights"
+            )
+        return (merged.astype(jnp.float32) - adapted.update()).astype(merged.dtype)
 
     # The methods below work on whole models and follow from those above.
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from research.config.knob_groups import LoRAConfig
 from research.core.errors import UserError
-from research.weights.adapters.adapter_kind import AdapterKind, AdapterSpecs, Factors
+from research.weights.adapters.adapter_kind import AdapterSpecs, Factors
 from research.weights.adapters.lora import LoRA
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Leaf, Matrix
@@ -74,10 +74,6 @@ class DoRA(LoRA):
     def off_matrix(self, factors: Factors, base: Matrix) -> Factors:
         off = super().off_matrix(factors, base)
         return off | {"magnitude": self._norms(base, off)}
-
-    def unmerge_matrix(self, merged: Array, adapted: Leaf) -> Array:
-        # The length of W + s A B is not in the product any more.
-        return AdapterKind.unmerge_matrix(self, merged, adapted)
 
     def union(
         self, specs: Mapping[str, Spec], configs: Sequence[LoRAConfig]

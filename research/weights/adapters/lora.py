@@ -98,9 +98,6 @@ class LoRA(AdapterKind):
     def off_matrix(self, factors: Factors, base: Matrix) -> Factors:
         return jax.tree.map(jnp.zeros_like, factors)
 
-    def unmerge_matrix(self, merged: Array, adapted: Leaf) -> Array:
-        return (merged.astype(jnp.float32) - adapted.update()).astype(merged.dtype)
-
     def rank(self, factors: Mapping[str, Any]) -> int:
         return factors["a"].shape[-1]
 

@@ -124,9 +124,6 @@ class VeRA(AdapterKind):
     def off_matrix(self, factors: Factors, base: Matrix) -> Factors:
         return factors | {"lambda_b": jnp.zeros_like(factors["lambda_b"])}
 
-    def unmerge_matrix(self, merged: Array, adapted: Leaf) -> Array:
-        return (merged.astype(jnp.float32) - adapted.update()).astype(merged.dtype)
-
     def rank(self, factors: Mapping[str, Any]) -> int:
         return factors["lambda_d"].shape[-1]
 

@@ -40,8 +40,9 @@ class PiSSA(ShiftedLoRA):
         inputs: Mapping[str, InputDirections] = MappingProxyType({}),
     ) -> Adapters:
         """As every kind, with the decomposition that `config` asks for."""
-        chosen = PiSSA(config.pissa_niter)
-        return super(PiSSA, chosen).init(key, specs, config, base)
+        if self.rounds != config.pissa_niter:
+            return PiSSA(config.pissa_niter).init(key, specs, config, base)
+        return super().init(key, specs, config, base)
 
     def take(self, weight: Array, rank: int, scale: float) -> tuple[Array, Array]:
         if self.rounds:

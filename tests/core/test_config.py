@@ -38,7 +38,6 @@ OTHER = {
     "trainable": "full",
     "model.dtype": "float32",
     "model.param_dtype": "bfloat16",
-    "model.quantize": "nf4",
     "model.remat": "dots",
     "model.attention": "splash",
     "model.expert_kernel": "ragged_dot",
@@ -60,8 +59,9 @@ OTHER = {
 }
 
 
-# There is one choice yet, so they cannot differ; and steps exclude epochs.
-SINGLE = {"data.source", "lora.kind", "epochs"}
+# There is one choice yet, so they cannot differ; steps exclude epochs, and training of
+# all weights excludes codes.
+SINGLE = {"data.source", "lora.kind", "epochs", "model.quantize"}
 
 
 def other(path, value):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -98,6 +99,57 @@ def test_a_run_of_another_base_is_refused_before_it_is_read(run, opened, tmp_pat
         (moved / "identity.json").write_text(json.dumps(identity))
         with pytest.raises(UserError, match=f"{part} sha256 ffffffffffff.*serve the"):
             opened.read(run_addresses([str(moved)])[0])
+
+
+@pytest.fixture(scope="module")
+def over_codes(run, tmp_path_factory):
+    """The run, and the same as if it had been trained over codes, by kind."""
+    place, found = tmp_path_factory.mktemp("codes"), {"plain": str(run)}
+    (place / "model").symlink_to(run.parents[1] / "model")
+    for kind, quantize in (("lora", "nf4"), ("loftq", "nf4"), ("keep", "keep")):
+        moved = shutil.copytree(run, place / kind)
+        config = json.loads((run / "config.json").read_text())
+        config["model"]["quantize"] = quantize
+        config["lora"]["kind"] = "loftq" if kind == "loftq" else "lora"
+        (moved / "config.json").write_text(json.dumps(config))
+        found[kind] = str(moved)
+    return found
+
+
+@pytest.mark.parametrize(
+    "first, second, said",
+    [
+        ("plain", "lora", "trained over nf4 codes and answers over the base model's"),
+        ("lora", "plain", "over the base model's own weights and answers over nf4"),
+        ("lora", "loftq", ""),
+        ("plain", "keep", ""),
+    ],
+)
+def test_a_run_over_another_form_of_the_base_is_served_with_a_warning(
+    over_codes, caplog, first, second, said
+):
+    found = open_for_answering(
+        [over_codes[first], over_codes[second]], mesh=one_device()
+    )
+    assert found.quantize == ("none" if first == "plain" else "nf4")
+    for address in found.runs:
+        found.read(address)
+    warned = [line for line in caplog.messages if "its answers may differ" in line]
+    assert len(warned) == bool(said)
+    assert said in "".join(warned)
+
+
+@pytest.mark.parametrize("others", [["plain"], ["keep"], []])
+def test_a_run_of_loftq_is_refused_over_another_form_before_it_is_loaded(
+    over_codes, others, monkeypatch
+):
+    for name in ("load_frozen", "load_base"):
+        monkeypatch.delattr(f"research.runs.answering.open_for_answering.{name}")
+    model = "" if others else str(Path(over_codes["loftq"]).parent / "model")
+    with pytest.raises(UserError, match=r"what nf4 codes lack.*serve the run by its"):
+        open_for_answering(
+            [over_codes[x] for x in (*others, "loftq")], model=model, mesh=one_device()
+        )
 
 
 def test_the_newest_checkpoint_of_a_run_in_training_is_followed(run, opened, tmp_path):

@@ -207,11 +207,16 @@ def base_of_folder(folder: Path) -> str:
     raise UserError(f"{folder} was trained on {name}, which is not here: {how}")
 
 
-def find_adapters(address: RunAddress, base: Base) -> FoundRun | FoundFolder:
+def find_adapters(
+    address: RunAddress, base: Base, quantize: str = "none"
+) -> FoundRun | FoundFolder:
     """The adapters of an address, which must be those of `base`.
 
+    `quantize` is the form of the base in memory, as `config.model.quantize` names it.
+
     Raises:
-      UserError: it has another base, no such checkpoint, or more than adapters.
+      UserError: it has another base, no such checkpoint, more than adapters, or
+        adapters that start from what the codes of another form have lost.
     """
     if address.is_folder:
         found = find_folder(address.folder, base)
@@ -239,7 +244,31 @@ def find_adapters(address: RunAddress, base: Base) -> FoundRun | FoundFolder:
                 f"{identity[part][:12]}), and the base that is served is {base.name} "
                 f"({here[:12]}): serve the run by itself"
             )
-    return find_run(address.folder, base)
+    found = find_run(address.folder, base)
+    if found.trainable.kind.reads_lost and not same_numbers(config, quantize):
+        raise UserError(
+            f"{folder} has adapters of kind {config.lora.kind!r}, which make up for "
+            f"what {weights_text(config.model.quantize)} lack, and the base that is "
+            f"served is {weights_text(quantize)}: serve the run by itself and without "
+            "--model, or export it with --format=hf and serve that model"
+        )
+    return found
+
+
+def same_numbers(config: Config, quantize: str) -> bool:
+    """Whether a base in the form `quantize` has the numbers a run was trained over.
+
+    Codes that are kept stand for the very numbers of their file.
+    """
+    forms = {config.model.quantize, quantize}
+    return len(forms) == 1 or forms == {"none", "keep"}
+
+
+def weights_text(quantize: str) -> str:
+    """The frozen weights of a form, for people."""
+    if quantize == "none":
+        return "the base model's own weights"
+    return f"{quantize} codes"
 
 
 def why_base(folder: RunDir) -> str:

@@ -29,6 +29,8 @@ from research.runs.answering.found_adapters import (
     FoundFolder,
     base_of_folder,
     find_adapters,
+    same_numbers,
+    weights_text,
     why_base,
 )
 from research.runs.answering.int8_base import in_form
@@ -115,6 +117,7 @@ class Answering:
       served_base: the model without an adapter.
       runs: of adapters, as the user named them; none is read yet.
       weights: the form of the base, see `in_form`.
+      quantize: as `config.model.quantize`, how the base was stored for its runs.
     """
 
     base: Base
@@ -124,6 +127,7 @@ class Answering:
     served_base: ServedModel
     runs: tuple[RunAddress, ...]
     weights: str = PLAIN
+    quantize: str = "none"
 
     def read(
         self, address: RunAddress, number: int | None = None
@@ -139,7 +143,15 @@ class Answering:
             or the bank has no room for its ranks and targets.
           DamagedError: no checkpoint can be read.
         """
-        found = find_adapters(address, self.base)
+        found = find_adapters(address, self.base, self.quantize)
+        if not same_numbers(found.config, self.quantize):
+            logging.warning(
+                "%s was trained over %s and answers over %s here: its answers may "
+                "differ from those of its report",
+                address.name,
+                weights_text(found.config.model.quantize),
+                weights_text(self.quantize),
+            )
         if isinstance(found, FoundFolder):
             step, adapters, newest = 0, found.read(self.mesh), ""
             identity = found.identity
@@ -254,7 +266,7 @@ def open_for_answering(
         opened = _open_full_run(full[0], found_mesh)
     else:
         opened = _open_base(model, others, mesh, devices)
-    found = [find_adapters(address, opened.base) for address in others]
+    found = [find_adapters(x, opened.base, opened.quantize) for x in others]
     opened = _in_form(opened, weights, of_runs[0].folder if of_runs else None)
     count = max(adapters, len(found))
     params = _with_bank(opened, found, count + spare, rank) if count else opened.params
@@ -323,11 +335,11 @@ def _open_base(
     of_runs = [] if name else [x for x in runs if not x.is_folder]
     first = find_run(of_runs[0].folder) if of_runs else None
     base = first.base if first else open_named(name or base_of_folder(runs[0].folder))
+    config = first.config.model if first else ModelConfig()
     for address in runs:  # Before any weight is read.
-        find_adapters(address, base)
+        find_adapters(address, base, config.quantize)
     specs = Model(base.architecture).specs
     mesh = mesh or shared_mesh(specs, devices)
-    config = first.config.model if first else ModelConfig()
     model = make_model(
         config, base.architecture, mesh, length=base.architecture.max_position, rows=1
     )
@@ -339,7 +351,9 @@ def _open_base(
     if first and isinstance(prompts, PlainFormat):
         prompts = first.prompts_with("")  # So that it can be compared with the runs.
     served = ServedModel(BASE, base.name, "", None, 0, base.fingerprint, prompts)
-    return Answering(base, model, mesh, params, served, ())
+    return Answering(
+        base, model, mesh, params, served, (), quantize=config.quantize
+    )  # fmt: skip
 
 
 def _with_bank(

@@ -24,6 +24,7 @@ from research.core.errors import UserError
 from research.engine.text_generation import SlotDecoders
 from research.formats.base_model import Base
 from research.formats.huggingface.huggingface_export import save_settings
+from research.models.transformer import Model
 from research.parallel import agreement, mesh
 from research.report import terminal
 from research.runs import provenance
@@ -37,6 +38,7 @@ from research.tasks import epochs, task_registry
 from research.tasks.task_protocol import Task
 from research.train import doctor
 from research.train.metrics.held_out_answers import HeldOutAnswers, check_best_by
+from research.train.programs import pack_arrays
 from research.train.programs.device_batches import first_batches
 from research.train.step import train_step
 from research.train.step.definition_from_config import load_start, make_step_definition
@@ -105,6 +107,10 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
             "tokenizer": base.tokenizer.fingerprint,
         },
     )
+    if len(opened) > 1:  # Refuses a pack before anything is loaded.
+        pack_arrays.union(
+            Model(base.architecture).specs, [each.config for each in opened]
+        )
     devices = mesh.make_mesh(first.config.mesh)
     loaded: dict[int, tuple[Task, HeldOutAnswers]] = {}
     runs: list[TrainingRun] = []

@@ -97,6 +97,7 @@ class Scaled(Leaf):
 
 class ScaledLoRA(LoRA):
     name = "scaled"
+    pads_targets = False
 
     def matrix_specs(self, spec, rank):
         first = spec.stacked + spec.n_in
@@ -126,11 +127,6 @@ class ScaledLoRA(LoRA):
         gain = jnp.expand_dims(adapted.gain, range(stack, stack + n_in))
         plain = merged.astype(jnp.float32) / gain
         return super().unmerge_matrix(plain, adapted.inner).astype(merged.dtype)
-
-    def union(self, specs, configs):
-        if len({config.targets for config in configs}) > 1:
-            raise UserError("a gain of a matrix that a run does not adapt would train")
-        return super().union(specs, configs)
 
 
 class Crooked(ScaledLoRA):
@@ -418,8 +414,9 @@ def test_its_factors_lie_over_the_mesh_as_their_matrix_does(small, trained):
 def test_padding_to_another_rank_changes_no_output(small):
     config = adapters(targets=("attention", "mlp"))
     specs = Model(open_architecture(str(small / "model"), 1.0)).specs
-    wide = SCALED.union(specs, [config, dataclasses.replace(config, rank=5)])
     own = random_adapters(SCALED.specs(specs, config))
+    ranks = SCALED.ranks(own)
+    wide = SCALED.union(specs, [ranks, dict.fromkeys(ranks, 5)])
     settings = SCALED.settings(dict.fromkeys(own, 2), config)
     padded = SCALED.pad(own, wide)
     assert {factors["a"].shape[-1] for factors in padded.values()} == {5}
@@ -428,8 +425,8 @@ def test_padding_to_another_rank_changes_no_output(small):
     attached = SCALED.attach(base, own, settings)
     for path, leaf in SCALED.attach(base, padded, settings).items():
         close(materialize(leaf), materialize(attached[path]))
-    with pytest.raises(UserError, match="does not adapt"):
-        SCALED.union(specs, [config, adapters(targets=("mlp",))])
+    with pytest.raises(UserError, match="a vector is trained for every matrix"):
+        SCALED.union(specs, [ranks, {"layers.mlp.up.kernel": 2}])
 
 
 def test_an_unknown_kind_is_refused_with_those_there_are():

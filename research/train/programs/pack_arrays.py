@@ -55,12 +55,15 @@ def union(
     """The kind with the most arrays, and its factors of the largest rank by path.
 
     Kinds that train together compute the same where the arrays of another are zero.
+
+    Raises:
+      UserError: a run has no adapters of its own kind, or they cannot be padded.
     """
-    own = [
-        _kind(config).widened(with_own_patterns(config.lora, specs))
-        for config in configs
-    ]
-    unions = [(kind, kind.union(specs, own)) for kind in map(_kind, configs)]
+    ranks = []
+    for config in configs:  # Each kind judges its own ranks alone.
+        kind, lora = _kind(config), with_own_patterns(config.lora, specs)
+        ranks.append(kind.ranks(kind.specs(specs, lora)))
+    unions = [(kind, kind.union(specs, ranks)) for kind in map(_kind, configs)]
     return max(unions, key=lambda made: len(jax.tree.leaves(made[1])))
 
 

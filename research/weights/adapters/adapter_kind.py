@@ -79,6 +79,7 @@ class AdapterKind(abc.ABC):
       about_mean: its `inputs` are the directions of the variance, or else those of the
         mean square, in which the mean counts.
       of_trained_tokens: its `inputs` are those at trained tokens, or else at all.
+      pads_targets: in a pack, zeros stand for a matrix that a run does not adapt.
     """
 
     name: str
@@ -88,6 +89,7 @@ class AdapterKind(abc.ABC):
     has_gains: bool = False
     about_mean: bool = True
     of_trained_tokens: bool = False
+    pads_targets: bool = True
 
     # A kind defines these methods, each about one matrix.
 
@@ -151,9 +153,9 @@ class AdapterKind(abc.ABC):
         """How many directions of its inputs a matrix of this rank starts from."""
         return rank
 
-    def widened(self, config: LoRAConfig) -> LoRAConfig:
-        """`config` with the ranks for which the factors have room."""
-        return config
+    def room(self, rank: int, config: LoRAConfig) -> int:
+        """The rank for which the factors have room where `config` gives `rank`."""
+        return rank
 
     def measure_matrix(
         self, base: Matrix, factors: Factors, scale: Array
@@ -207,6 +209,7 @@ class AdapterKind(abc.ABC):
                     f"lora rank for {path} is {ranks[path]}; it must be a whole number "
                     "from 1"
                 )
+            rank = self.room(rank, config)
             fault = self.rank_fault(matrices[path], rank)
             # An adapter of another tool is used as it is.
             if fault and not config.init_from:
@@ -328,19 +331,24 @@ class AdapterKind(abc.ABC):
         }
 
     def union(
-        self, specs: Mapping[str, Spec], configs: Sequence[LoRAConfig]
+        self, specs: Mapping[str, Spec], ranks: Sequence[Mapping[str, int]]
     ) -> AdapterSpecs:
-        """Shapes that hold the adapters of every config: the largest rank by path.
+        """Shapes that hold adapters of all `ranks`, the largest of each path.
 
         Raises:
-          UserError: adapters of this kind cannot be padded to common shapes.
+          UserError: the paths differ, and adapters of this kind have no padding there.
         """
-        largest: AdapterSpecs = {}
-        for config in configs:
-            for path, own in self.specs(specs, config).items():
-                if path not in largest or self.rank(own) > self.rank(largest[path]):
-                    largest[path] = own
-        return {path: largest[path] for path in specs if path in largest}
+        adapted = {path for own in ranks for path in own}
+        if not self.pads_targets and any(adapted - own.keys() for own in ranks):
+            raise UserError(
+                f"runs of kind {self.name!r} that train together have the same "
+                "config.lora.targets: a vector is trained for every matrix of the pack"
+            )
+        return {
+            path: self.matrix_specs(spec, max(own.get(path, 0) for own in ranks))
+            for path, spec in specs.items()
+            if path in adapted
+        }
 
     def pad(self, adapters: Adapters, wide: AdapterSpecs) -> Adapters:
         """The same adapters in the shapes that `union` gave.

@@ -6,15 +6,14 @@ n is the length of the column W + s A B. It counts as a constant in the gradient
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from research.config.knob_groups import LoRAConfig
 from research.core.errors import UserError
-from research.weights.adapters.adapter_kind import AdapterSpecs, Factors
+from research.weights.adapters.adapter_kind import Factors
 from research.weights.adapters.lora import LoRA
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Leaf, Matrix
@@ -32,6 +31,7 @@ class DoRA(LoRA):
     """Factors `a` and `b`, and the lengths `magnitude`, `[*stack, *out]`."""
 
     name = "dora"
+    pads_targets = False
     is_exact = False  # Two programs may round a length in two ways.
     has_gains = True
 
@@ -74,16 +74,6 @@ class DoRA(LoRA):
     def off_matrix(self, factors: Factors, base: Matrix) -> Factors:
         off = super().off_matrix(factors, base)
         return off | {"magnitude": self._norms(base, off)}
-
-    def union(
-        self, specs: Mapping[str, Spec], configs: Sequence[LoRAConfig]
-    ) -> AdapterSpecs:
-        if len({config.targets for config in configs}) > 1:
-            raise UserError(
-                "runs of DoRA that train together have the same config.lora.targets: a "
-                "length is trained for every matrix of the pack"
-            )
-        return super().union(specs, configs)
 
     def _norms(
         self, base: Matrix, factors: Factors, scale: Array | None = None

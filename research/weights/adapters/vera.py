@@ -1,7 +1,7 @@
 """VeRA: two vectors for each matrix, between random matrices that all of them share."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from research.config.knob_groups import LoRAConfig
-from research.core.errors import UserError
 from research.weights.adapters.adapter_kind import (
     AdapterKind,
     Adapters,
-    AdapterSpecs,
     Factors,
     InputDirections,
     Settings,
@@ -38,6 +36,7 @@ class VeRA(AdapterKind):
     """
 
     name = "vera"
+    pads_targets = False
 
     def matrix_specs(self, spec: Spec, rank: int) -> dict[str, Spec]:
         split, first = spec.stacked + spec.n_in, spec.stacked
@@ -129,16 +128,6 @@ class VeRA(AdapterKind):
 
     def stack_axes(self, base: Any, factors: Mapping[str, Any]) -> int:
         return len(factors["lambda_d"].shape) - 1
-
-    def union(
-        self, specs: Mapping[str, Spec], configs: Sequence[LoRAConfig]
-    ) -> AdapterSpecs:
-        if len({config.targets for config in configs}) > 1:
-            raise UserError(
-                "runs of VeRA that train together have the same config.lora.targets: a "
-                "vector is trained for every matrix of the pack"
-            )
-        return super().union(specs, configs)
 
     def _sizes(self, factors: Mapping[str, Spec]) -> tuple[int, int, int]:
         """Inputs, rank and outputs of one matrix."""

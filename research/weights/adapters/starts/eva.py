@@ -1,7 +1,6 @@
 """EVA: LoRA that starts at the principal directions of each matrix's inputs."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import jax
@@ -16,7 +15,6 @@ from research.weights.adapters.adapter_kind import (
     InputDirections,
     Settings,
 )
-from research.weights.adapters.lora import KIND as PLAIN
 from research.weights.adapters.lora import LoRA
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Matrix
@@ -38,16 +36,8 @@ class EVA(LoRA):
     reads_inputs = True
     of_trained_tokens = True
 
-    def widened(self, config: LoRAConfig) -> LoRAConfig:
-        def wide(override: str) -> str:
-            pattern, _, rank = override.rpartition("=")
-            return f"{pattern}={round(float(rank) * config.eva_rho)}"
-
-        return dataclasses.replace(
-            config,
-            rank=round(config.rank * config.eva_rho),
-            rank_pattern=tuple(map(wide, config.rank_pattern)),
-        )
+    def room(self, rank: int, config: LoRAConfig) -> int:
+        return round(rank * config.eva_rho)
 
     def rank_fault(self, spec: Spec, rank: int) -> str:
         if "vocab" in spec.axes:
@@ -68,14 +58,6 @@ class EVA(LoRA):
                 "--config.lora.eva_rho=1"
             )
         return ""
-
-    def specs(self, specs: Mapping[str, Spec], config: LoRAConfig) -> AdapterSpecs:
-        return super().specs(specs, self.widened(config))
-
-    def union(
-        self, specs: Mapping[str, Spec], configs: Sequence[LoRAConfig]
-    ) -> AdapterSpecs:
-        return PLAIN.union(specs, configs)  # They are `widened` already.
 
     def settings(self, ranks: Mapping[str, int], config: LoRAConfig) -> Settings:
         own = parameter_paths.numbers_by_pattern(

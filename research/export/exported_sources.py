@@ -9,7 +9,7 @@ import jax
 
 from research.config.choices import DEQUANTISED
 from research.core.errors import UserError
-from research.export.trained_over import over
+from research.export.trained_over import check, over
 from research.formats.export_format import ExportedModel, ExportFormat, ExportOptions
 from research.formats.peft.find_adapter import names_adapter
 from research.formats.proof.proof_tokens import ProofRows
@@ -69,7 +69,12 @@ class ExportSource(Protocol):
 
 
 def open_source(
-    run: str, step: str, out: Path | None, model: str, base: str = DEQUANTISED
+    run: str,
+    step: str,
+    out: Path | None,
+    model: str,
+    base: str = DEQUANTISED,
+    formats: Sequence[str] = (),
 ) -> ExportSource:
     """The model that a command was asked to export; no parameter is read.
 
@@ -79,9 +84,11 @@ def open_source(
       out: the folder to write, if one is named.
       model: the base of an adapter; "": that which it names.
       base: of a run over codes, one of `EXPORT_BASES`.
+      formats: that it will be written in, by name.
 
     Raises:
-      UserError: there is no such model or step, or a flag has no effect on it.
+      UserError: there is no such model or step, a flag has no effect on it, or a format
+        needs another `base`.
     """
     if not names_adapter(run):
         if model:
@@ -89,7 +96,7 @@ def open_source(
                 f"--model={model} is the base of an adapter of PEFT, and {run} is "
                 "none: drop --model, as a run knows its base"
             )
-        return _RunSource(run, step, base)
+        return _RunSource(run, step, base, formats)
     if base != DEQUANTISED:
         raise UserError(
             f"--base={base} is for runs that were trained over codes, and --run={run} "
@@ -110,13 +117,14 @@ def open_source(
 class _RunSource:
     """A run at a step."""
 
-    def __init__(self, run: str, step: str, base: str):
+    def __init__(self, run: str, step: str, base: str, formats: Sequence[str]):
         self._run, self._step, self._of_run = run, step, RunDir(run)
         self._base, self._note = base, ""
         self.folder = self._of_run.path
         # The newest step may turn out to be damaged.
         found = agreement.together(lambda: saved_step(self._of_run, step))
         self._number = agreement.of_first(found)
+        check(base, self._of_run.config(), formats)
 
     @property
     def identity(self) -> Mapping[str, str]:

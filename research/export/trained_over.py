@@ -2,13 +2,46 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 
 from research.config.choices import DEQUANTISED, EXPORT_BASES, ORIGINAL
+from research.config.run_config import Config
 from research.core.errors import UserError, look_up
+from research.formats.export_format import find_format
 from research.formats.load_parameters import load_frozen
+from research.runs.answering.found_adapters import same_numbers
 from research.runs.answering.int8_base import mean_loss, texts_to_measure
 from research.runs.reopen import ReopenedRun
 from research.weights import trainable
+
+
+def check(base: str, config: Config, formats: Sequence[str]) -> None:
+    """Refuses a base of the export of a run before anything is read.
+
+    Args:
+      base: one of `EXPORT_BASES`.
+      config: of the run.
+      formats: names, see `find_format`.
+
+    Raises:
+      UserError: there is no such base, the run was not trained over codes, or a format
+        has adapters alone, which other tools add to other weights than `base`.
+    """
+    look_up(dict.fromkeys(EXPORT_BASES), base, "--base")
+    form = config.model.quantize
+    if form == "none" and base == ORIGINAL:
+        raise UserError(
+            "--base=original has no effect: this run was trained over the base "
+            "model's own weights (config.model.quantize=none); remove it"
+        )
+    alone = [name for name in formats if not find_format(name).merges]
+    if alone and base == DEQUANTISED and not same_numbers(config, "none"):
+        raise UserError(
+            f"--format={alone[0]} writes adapters alone, which other tools add to the "
+            f"base model's own weights, and this run was trained over {form} codes: "
+            "use --format=hf, which merges what was trained, or --base=original, which "
+            "measures what the other weights cost"
+        )
 
 
 def over(base: str, opened: ReopenedRun) -> tuple[ReopenedRun, str]:
@@ -16,22 +49,11 @@ def over(base: str, opened: ReopenedRun) -> tuple[ReopenedRun, str]:
 
     For `original` the adapters lie over the base model's own weights, and the sentence
     has the loss before and after on the first rows of training. There is none for
-    `dequantised`, which is what was trained.
-
-    Raises:
-      UserError: there is no such base, or the run was not trained over codes.
+    `dequantised`, which is what was trained. `check` has passed `base`.
     """
-    look_up(dict.fromkeys(EXPORT_BASES), base, "--base")
-    form = opened.config.model.quantize
-    if form == "none":
-        if base == ORIGINAL:
-            raise UserError(
-                "--base=original has no effect: this run was trained over the base "
-                "model's own weights (config.model.quantize=none); remove it"
-            )
-        return opened, ""
     if base == DEQUANTISED:
         return opened, ""
+    form = opened.config.model.quantize
     texts = texts_to_measure(opened.folder.path, opened.base.tokenizer)
     before = mean_loss(opened.weights, opened.model, opened.mesh, texts)
     config = opened.config

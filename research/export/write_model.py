@@ -48,7 +48,7 @@ def write_model(
       replace: whether another step in a folder is replaced.
       formats: names, see `find_format`.
       model: the base of an adapter of PEFT; "": that which it names.
-      base: one of `EXPORT_BASES`, see `trained_over.over`.
+      base: one of `EXPORT_BASES`, see `trained_over.check`.
 
     Raises:
       UserError: there is no such step or format, a folder holds something else, or a
@@ -57,7 +57,7 @@ def write_model(
       SaveError: the disk refuses.
     """
     chosen = choose_options(formats, dtype, quant)
-    source = open_source(run, step, out, model, base)
+    source = open_source(run, step, out, model, base, formats)
     with unwinding_on_signals(), said_once(), contextlib.ExitStack() as stack:
         wanted = {}
         for name, place in _places(source.folder, out, formats).items():

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -19,9 +22,12 @@ from small_run import (
 
 from research.config.run_config import LoRAConfig
 from research.core.errors import UserError
+from research.export.exported_sources import open_source
 from research.export.write_model import write_model
 from research.formats.base_model import open_base
 from research.formats.load_parameters import load_base
+from research.runs import reopen as reopened
+from research.runs.answering.found_adapters import open_folder
 from research.runs.answering.open_for_answering import open_for_answering
 from research.runs.display_files import read_findings
 from research.runs.metrics_file import read_metrics
@@ -131,6 +137,36 @@ def test_an_export_says_which_base_it_adds_to(small, trained, caplog):
     with pytest.raises(UserError, match="over the original base"):
         write_model(str(trained), "latest", small / "dequantised", "", False,
                     base="original")  # fmt: skip
+
+
+def test_adapters_alone_are_written_over_the_base_that_tools_add_them_to(
+    small, trained, monkeypatch
+):
+    out = small / "adapter"
+    write_model(str(trained), "latest", out, "", False, ["peft"], base="original")
+    card = (out / "README.md").read_text()
+    assert re.search(r"not the nf4 codes.*loss on training rows is \d", card, re.DOTALL)
+    folder = open_folder(str(out), str(small / "model"), is_exact=True)
+    run = reopen(trained, one_device())
+    original = load_base(run.base, run.model, run.mesh, jnp.float32, 0)
+    factors = run.trainable.adapters(run.params)
+    whole = {path: run.params[path] for path in run.trainable.full}
+    merged = find_kind("lora").merge(original, factors, run.config.lora) | whole
+    expected = small_hidden(run.model, merged)
+    close(small_hidden(run.model, folder.load(one_device()).weights), expected, 1e-4)
+    # Refused before the checkpoint is read.
+    monkeypatch.delattr(reopened.FoundRun, "load")
+    for format in ("peft", "gguf-adapter"):
+        with pytest.raises(UserError, match=f"{format} writes .*nf4 codes.*format=hf"):
+            write_model(str(trained), "latest", out, "", False, ["hf", format])
+    config = json.loads((trained / "config.json").read_text())
+    for quantize, said in {"none": "original has no effect", "keep": ""}.items():
+        copied = shutil.copytree(trained, small / f"as-{quantize}")
+        config["model"]["quantize"] = quantize
+        (copied / "config.json").write_text(json.dumps(config))
+        base = "dequantised" if quantize == "keep" else "original"
+        with pytest.raises(UserError, match=said) if said else nullcontext():
+            open_source(str(copied), "latest", None, "", base, ["peft"])
 
 
 def test_what_cannot_be_is_refused_before_anything_is_loaded(small):

@@ -28,7 +28,9 @@ from research.train.metrics.throughput import count_used
 from research.train.step.definition_from_config import lost_in_codes
 from research.train.step.train_step import StepDefinition, TrainState
 from research.weights import parameter_paths
-from research.weights.contraction import materialize
+from research.weights.over_stack import over_stack
+from research.weights.representations.lost_in_codes import LostInCodes
+from research.weights.representations.low_rank import LowRank
 
 TEST_ROW = 64  # tokens
 PREVIEW_ROWS = 4
@@ -216,10 +218,17 @@ def _recovered(
     """
     path = min(definition.trainable.adapters(params))
     lost = lost_in_codes(definition, base, path, frozen[path])
-    weights = definition.trainable.forward(params, frozen, None)[path]
-    left = lost - weights.update()
-    size = jnp.linalg.norm(lost + materialize(frozen[path]).astype(jnp.float32))
-    return path, *(float(jnp.linalg.norm(x) / size) for x in (lost, left))
+    adapted = definition.trainable.forward(params, frozen, None)[path]
+
+    def squares(parts: tuple[LostInCodes, LowRank]) -> list[jax.Array]:
+        lost, adapted = parts
+        before = lost.subtract()
+        whole = lost.weight.astype(jnp.float32)
+        return [jnp.sum(x * x) for x in (before, before - adapted.update(), whole)]
+
+    measured = jax.jit(over_stack(squares, adapted.scale.ndim))((lost, adapted))
+    before, after, whole = (float(jnp.sqrt(jnp.sum(x))) for x in measured)
+    return path, before / whole, after / whole
 
 
 def _examine_full(definition: StepDefinition) -> list[Finding]:

@@ -24,8 +24,9 @@ from research.train import doctor
 from research.train.step import optimizers, train_step
 from research.weights import trainable
 from research.weights.adapters.adapter_kind import InputDirections
-from research.weights.contraction import contract, materialize
+from research.weights.contraction import contract
 from research.weights.parameter_spec import Spec
+from research.weights.representations.lost_in_codes import LostInCodes
 
 STOP = 7
 
@@ -111,7 +112,7 @@ def starts_of(a):
 
 
 def lost(weights, base, path):
-    return weights[path] - materialize(base[path])
+    return LostInCodes(weights[path], base[path])
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from research.weights import parameter_paths, trainable
 from research.weights.adapters import lora
 from research.weights.adapters.adapter_kind import InputDirections, with_own_patterns
 from research.weights.adapters.adapter_registry import find_kind
+from research.weights.representations.lost_in_codes import LostInCodes
 from research.weights.representations.low_rank import LowRank
 
 EVERYTHING = LoRAConfig(rank=4, alpha=8.0, targets=(".",))
@@ -355,7 +356,7 @@ def started(kind, specs, config, params, hidden):
             find_kind(kind).init(key, specs, config, base)
     if kind in ("loftq", "qera"):  # Their base is in codes: they start from the rest.
         coded = base | {path: jnp.round(base[path] * 2) / 2 for path in paths}
-        lost = {path: base[path] - coded[path] for path in paths}
+        lost = {path: LostInCodes(base[path], coded[path]) for path in paths}
         start = find_kind(kind).init(key, specs, config, lost, inputs)
         return start, parameter_paths.unflatten(structure, coded)
     return find_kind(kind).init(key, specs, config, base, inputs), params

@@ -17,6 +17,7 @@ from research.weights.adapters.adapter_kind import InputDirections
 from research.weights.adapters.adapter_registry import find_kind
 from research.weights.contraction import contract
 from research.weights.parameter_spec import Spec
+from research.weights.representations.lost_in_codes import LostInCodes
 
 SPEC = Spec((2, 24, 4, 5), ("layers", "embed", "heads", "head_dim"), stacked=1)
 CONFIG = LoRAConfig(rank=3, alpha=6.0, targets=("w",))
@@ -24,6 +25,11 @@ CONFIG = LoRAConfig(rank=3, alpha=6.0, targets=("w",))
 
 def drawn(*shape, seed=0):
     return np.float32(np.random.default_rng(seed).normal(size=shape))
+
+
+def over_zeros(lost):
+    """As if codes had lost all of it."""
+    return LostInCodes(jnp.array(lost), jnp.zeros(lost.shape))
 
 
 def skewed_inputs():
@@ -48,7 +54,7 @@ def product(kind, told):
     inputs = all_directions(x)
     inputs = InputDirections(inputs.directions[:, :, :told], inputs.shares[:, :told])
     start = find_kind(kind).init(
-        jax.random.key(0), {"w": SPEC}, CONFIG, {"w": lost}, {"w": inputs}
+        jax.random.key(0), {"w": SPEC}, CONFIG, {"w": over_zeros(lost)}, {"w": inputs}
     )["w"]
     assert start["a"].shape == (2, 24, 3) and start["b"].shape == (2, 3, 4, 5)
     update = 2.0 * np.asarray(start["a"]) @ np.asarray(start["b"]).reshape(2, 3, 20)
@@ -72,7 +78,7 @@ def test_a_few_directions_are_enough_and_loftq_knows_none():
     blind = missed(*product("loftq", told=8))
     assert (some < 1.1 * exact).all() and (blind > 1.4 * some).all()
     # Inputs that are alike in all directions are those of LoftQ.
-    lost = {"w": drawn(*SPEC.shape, seed=3)}
+    lost = {"w": over_zeros(drawn(*SPEC.shape, seed=3))}
     even = InputDirections(
         jnp.broadcast_to(jnp.eye(24)[:, :6], (2, 24, 6)), jnp.full((2, 6), 1 / 24)
     )

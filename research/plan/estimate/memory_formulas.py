@@ -24,6 +24,9 @@ FLOAT32 = 4
 # its gathered weights. Both numbers were fitted to the programs of compiled steps.
 ACTIVATION_TRIPS = 12
 WEIGHT_TRIPS = 6
+# Copies of a matrix that its singular values need: what it is made of, its two bases,
+# and the work of the solver.
+DECOMPOSED = 5
 
 
 def estimate_memory(step: AbstractStep) -> MemoryUse:
@@ -69,7 +72,8 @@ def peaks_between_steps(step: AbstractStep) -> dict[str, float]:
     """Bytes of one device in the phases that lie between steps, by phase.
 
     The start needs no more than the state that it makes: parameters are read one at a
-    time, and donated to the state. The report has no optimizer state, and reads the
+    time, and donated to the state; see `_start` for adapters that decompose matrices.
+    The report has no optimizer state, and reads the
     base model in place of the trained one, so samples need more than it does.
     """
     a, width = step.architecture, compute_width(step)
@@ -87,10 +91,35 @@ def peaks_between_steps(step: AbstractStep) -> dict[str, float]:
     prompt = task_registry.find_kind(step.config).longest_prompt(step.config)
     slots = prompt + step.config.eval.max_new_tokens
     cache = 2 * width * a.layers * slots * a.kv_heads * a.head_dim / tensor
-    return {
+    start = {"start": _start(step)} if _decomposes(step) else {}
+    return start | {
         "evaluation": held + max(layer(device_tokens(step)), head + FLOAT32 * logits),
         "samples": held + cache + max(layer(prompt), head),
     }
+
+
+def _decomposes(step: AbstractStep) -> bool:
+    kind = step.definition.trainable.kind
+    return kind is not None and kind.decomposes
+
+
+def _start(step: AbstractStep) -> float:
+    """Bytes of adapters that start from a decomposition of each matrix.
+
+    The factors are there twice, as they are made and as they are placed. One matrix at
+    a time is whole on every device, in float32, with `DECOMPOSED` others of its size.
+    A kind that starts from what codes have lost has the weights of one path beside it,
+    in the dtype of arrays of the base.
+    """
+    split, specs = step.definition.trainable, step.definition.model.specs
+    adapted = {path: specs[path] for path in split.adapters(split.specs)}
+    weights = meshes.abstract_arrays(adapted, step.definition.mesh, split.frozen_dtype)
+    needed = 0.0
+    for path, spec in adapted.items():
+        matrix = FLOAT32 * math.prod(spec.as_matrix.shape[-2:])
+        read = device_bytes(weights[path]) if split.kind.reads_lost else 0
+        needed = max(needed, read + (1 + DECOMPOSED) * matrix)
+    return device_bytes(step.frozen) + 2 * device_bytes(step.state.params) + needed
 
 
 def _mask_bytes(step: AbstractStep) -> float:

@@ -1,6 +1,6 @@
 """From a config and an opened base model to a step definition and its parameters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +23,8 @@ from research.train.step import optimizers
 from research.train.step.input_directions import measure_directions
 from research.train.step.train_step import StepDefinition, abstract_params
 from research.weights import trainable
-from research.weights.contraction import materialize
 from research.weights.representations.leaf import Matrix
+from research.weights.representations.lost_in_codes import LostInCodes
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -122,17 +122,38 @@ def load_start(
     reads = split.kind.reads_inputs or split.kind.reads_lost
     if reads and first_batches is None:
         return _zeros(definition, shardings), frozen
-    own, inputs = dict(frozen), {}
+    inputs = {}
     adapters = split.adapters(split.specs)
     if split.kind.reads_inputs:
         inputs = measure_directions(definition, frozen, first_batches(), adapters)
+    key = jax.random.key(definition.seed)
     if split.kind.reads_lost:
-        own |= {
-            path: lost_in_codes(definition, base, path, frozen[path])
-            for path in adapters
-        }
+        start = split.init(key, _LostByPath(definition, base, frozen), inputs)
+        return jax.jit(lambda x: x, out_shardings=shardings)(start), frozen
     init = jax.jit(split.init, out_shardings=shardings)
-    return init(jax.random.key(definition.seed), own, inputs), frozen
+    return init(key, frozen, inputs), frozen
+
+
+class _LostByPath(Mapping[str, Any]):
+    """What codes have lost of each adapted matrix, read when it is asked for.
+
+    So the weights of one path are in memory at a time. Others are those of the base.
+    """
+
+    def __init__(self, definition: StepDefinition, base: Base, frozen: Params):
+        self._definition, self._base, self._frozen = definition, base, frozen
+
+    def __getitem__(self, path: str) -> LostInCodes | Matrix:
+        split, codes = self._definition.trainable, self._frozen[path]
+        if path in split.full:
+            return codes
+        return lost_in_codes(self._definition, self._base, path, codes)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._frozen)
+
+    def __len__(self) -> int:
+        return len(self._frozen)
 
 
 def _zeros(definition: StepDefinition, shardings: Any) -> Params:
@@ -146,15 +167,11 @@ def _zeros(definition: StepDefinition, shardings: Any) -> Params:
 
 def lost_in_codes(
     definition: StepDefinition, base: Base, path: str, codes: Matrix
-) -> Array:
-    """The weight at `path` in its file less what its codes stand for, float32."""
+) -> LostInCodes:
+    """The weight at `path` in its file, beside the codes that stand for it."""
     model, mesh = definition.model, definition.mesh
     sharding = meshes.shardings({path: model.specs[path]}, mesh)[path]
     family, tensors = family_of(model.architecture), base.tensors.on(mesh)
     dtype = definition.trainable.frozen_dtype
     weight = load_param(tensors, family, path, model.specs, sharding, dtype)
-
-    def subtract(weight: Array, codes: Matrix) -> Array:
-        return weight.astype(jnp.float32) - materialize(codes).astype(jnp.float32)
-
-    return jax.jit(subtract, out_shardings=sharding)(weight, codes)
+    return LostInCodes(weight, codes)

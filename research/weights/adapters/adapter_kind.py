@@ -75,7 +75,9 @@ class AdapterKind(abc.ABC):
       is_exact: the start is a no-op to the last bit; else as far as rounding allows.
       reads_inputs: it starts from what `init` gets as `inputs`.
       has_gains: it also multiplies each output, see `WeightDecomposed`.
-      reads_lost: it starts from what codes of the base have lost: no no-op.
+      reads_lost: it starts from what codes of the base have lost: no no-op. Its `base`
+        has a `LostInCodes` for each adapted path, one of which is in memory at a time.
+      decomposes: its start decomposes each matrix in float32, one at a time.
       about_mean: its `inputs` are the directions of the variance, or else those of the
         mean square, in which the mean counts.
       of_trained_tokens: its `inputs` are those at trained tokens, or else at all.
@@ -86,6 +88,7 @@ class AdapterKind(abc.ABC):
     is_exact: bool = True
     reads_inputs: bool = False
     reads_lost: bool = False
+    decomposes: bool = False
     has_gains: bool = False
     about_mean: bool = True
     of_trained_tokens: bool = False
@@ -152,6 +155,15 @@ class AdapterKind(abc.ABC):
     def directions(self, rank: int) -> int:
         """How many directions of its inputs a matrix of this rank starts from."""
         return rank
+
+    def source(
+        self,
+        path: str,
+        base: Mapping[str, Matrix],
+        inputs: Mapping[str, InputDirections],
+    ) -> Any:
+        """The `base` of `init_matrix` at a path, from the arguments of `init`."""
+        return base.get(path)
 
     def room(self, rank: int, config: LoRAConfig) -> int:
         """The rank for which the factors have room where `config` gives `rank`."""
@@ -236,7 +248,8 @@ class AdapterKind(abc.ABC):
         started = {}
         for index, (path, factors) in enumerate(own.items()):
             own_key = jax.random.fold_in(key, index)
-            start = self.init_matrix(own_key, factors, base.get(path), scales[path])
+            source = self.source(path, base, inputs)
+            start = self.init_matrix(own_key, factors, source, scales[path])
             started[path] = {
                 k: only_layers(x, factors[k].layers) for k, x in start.items()
             }

@@ -14,6 +14,7 @@ from research.weights.contraction import (
     materialize,
     transpose,
 )
+from research.weights.over_stack import over_stack
 from research.weights.representations.grouped_product import Groups
 from research.weights.representations.leaf import Leaf, Matrix
 from research.weights.representations.low_rank import LowRank
@@ -125,14 +126,8 @@ def output_norms(weight: LowRank) -> Array:
         # A column of zeros stays one: its gain is 0, and not 0 / 0.
         return jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
 
-    for _ in range(weight.scale.ndim):
-        # One after the other, so that no copy of all layers in float32 exists.
-        one = _mapped(one)
-    return one((weight.base, weight.a, weight.b, weight.scale))
-
-
-def _mapped(function: Callable[..., Array]) -> Callable[..., Array]:
-    return lambda parts: jax.lax.map(function, parts)
+    norms = over_stack(one, weight.scale.ndim)
+    return norms((weight.base, weight.a, weight.b, weight.scale))
 
 
 def times_gain(x: Array, gain: Array) -> Array:

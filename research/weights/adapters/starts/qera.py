@@ -11,13 +11,13 @@ from research.config.knob_groups import LoRAConfig
 from research.core.errors import UserError
 from research.weights.adapters.adapter_kind import (
     Adapters,
-    Factors,
     InputDirections,
 )
 from research.weights.adapters.starts.loftq import LoftQ
 from research.weights.adapters.starts.pissa import fast_svd
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Matrix
+from research.weights.representations.lost_in_codes import LostInCodes
 
 Array = jax.Array
 PER_RANK = 4  # Directions of the inputs that are told apart, for each of the rank.
@@ -28,7 +28,7 @@ LEAST = 1e-4  # The least weight of a direction, against the mean square of inpu
 class Met(NamedTuple):
     """The loss of codes in the matrices of a path, and the inputs that meet them."""
 
-    lost: Array
+    lost: LostInCodes
     inputs: InputDirections
 
 
@@ -78,31 +78,23 @@ class QERA(LoftQ):
                 "run's own first batches, and there are none: train with data, or "
                 "choose another config.lora.kind"
             )
-        met = {path: Met(base[path], inputs[path]) for path in own}
-        return super().init(key, specs, config, met)
+        return super().init(key, specs, config, base, inputs)
 
-    def init_matrix(
-        self, key: Array, specs: Mapping[str, Spec], base: Met, scale: float
-    ) -> Factors:
-        a, b = specs["a"], specs["b"]
-        (inputs, rank), outputs = a.as_matrix.shape[-2:], b.as_matrix.shape[-1]
+    def source(
+        self,
+        path: str,
+        base: Mapping[str, Matrix],
+        inputs: Mapping[str, InputDirections],
+    ) -> Met:
+        return Met(base[path], inputs[path])
 
-        def one(of_layer: Met) -> tuple[Array, Array]:
-            along, sizes, rest = _root(of_layer.inputs)
-            heard = _times(along, sizes, rest, of_layer.lost)
-            left, found, right = fast_svd(heard, rank, ROUNDS)
-            root = jnp.sqrt(found[:rank] / scale)
-            left = _times(along, 1 / sizes, 1 / rest, left[:, :rank] * root[None])
-            return left, root[:, None] * right[:rank]
-
-        lost, (along, shares) = base.lost, (base.inputs.directions, base.inputs.shares)
-        told = along.shape[-1]
-        of_layers = Met(
-            lost.reshape(-1, inputs, outputs),
-            InputDirections(along.reshape(-1, inputs, told), shares.reshape(-1, told)),
-        )
-        left, right = jax.lax.map(one, of_layers)
-        return {"a": left.reshape(a.shape), "b": right.reshape(b.shape)}
+    def take(self, lost: Met, inputs: int, rank: int) -> tuple[Array, Array, Array]:
+        along, sizes, rest = _root(lost.inputs)
+        whole = lost.lost.subtract().reshape(inputs, -1)
+        heard = _times(along, sizes, rest, whole)
+        left, found, right = fast_svd(heard, rank, ROUNDS)
+        left = _times(along, 1 / sizes, 1 / rest, left[:, :rank])
+        return left, found[:rank], right[:rank]
 
 
 def _root(inputs: InputDirections) -> tuple[Array, Array, Array]:

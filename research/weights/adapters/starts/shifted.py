@@ -18,6 +18,7 @@ from research.core.errors import UserError
 from research.weights.adapters.adapter_kind import Factors
 from research.weights.adapters.lora import LoRA
 from research.weights.contraction import materialize
+from research.weights.over_stack import over_stack
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Leaf, Matrix
 from research.weights.representations.low_rank import LowRank
@@ -27,6 +28,8 @@ Array = jax.Array
 
 class ShiftedLoRA(LoRA):
     """Factors `a` and `b`, and their start in `a0` and `b0`, which does not change."""
+
+    decomposes = True
 
     @abc.abstractmethod
     def take(self, weight: Array, rank: int, scale: float) -> tuple[Array, Array]:
@@ -44,13 +47,12 @@ class ShiftedLoRA(LoRA):
         if base is None:
             raise UserError(f"adapters of kind {self.name!r} start from the weights")
         (inputs, rank), outputs = a.as_matrix.shape[-2:], b.as_matrix.shape[-1]
-        whole = materialize(base).reshape(-1, inputs, outputs)
 
-        def one(weight: Array) -> tuple[Array, Array]:
-            return self.take(weight.astype(jnp.float32), rank, scale)
+        def one(weight: Matrix) -> tuple[Array, Array]:
+            whole = materialize(weight).astype(jnp.float32)
+            return self.take(whole.reshape(inputs, outputs), rank, scale)
 
-        # One after the other: a decomposition needs several times the room of a matrix.
-        left, right = jax.lax.map(one, whole)
+        left, right = over_stack(one, a.stacked)(base)
         left, right = left.reshape(a.shape), right.reshape(b.shape)
         return {"a": left, "b": right, "a0": left, "b0": right}
 

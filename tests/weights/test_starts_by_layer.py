@@ -97,7 +97,7 @@ def test_loftq_reads_one_path_at_a_time_and_the_plan_knows(tmp_path, monkeypatch
     step = make_abstract_step(config, base.architecture, mesh)
     planned = peaks_between_steps(step)["start"] - device_bytes(step.frozen)
     assert 0 < max(found.values()) < planned
-    # Of an 8B model with a base in codes, the start is what needs the most.
+    # An 8B model: its largest path, and a few copies of one matrix.
     config = dataclasses.replace(config, mesh=mesh_sizes(data=1))
     alone = meshes.make_mesh(config.mesh, jax.devices()[:1])
     large = make_abstract_step(config, preset("llama3.1-8b"), alone)

@@ -135,9 +135,9 @@ def load_start(
 
 
 class _LostByPath(Mapping[str, Any]):
-    """What codes have lost of each adapted matrix, read when it is asked for.
+    """The `LostInCodes` of each adapted path, and frozen parameters at other paths.
 
-    So the weights of one path are in memory at a time. Others are those of the base.
+    A lookup reads the weights of its path, so one path at a time is in memory.
     """
 
     def __init__(self, definition: StepDefinition, base: Base, frozen: Params):

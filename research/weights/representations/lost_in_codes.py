@@ -14,7 +14,7 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LostInCodes:
-    """What the codes of a weight have lost, which is not computed yet.
+    """A weight and its codes; the difference is not computed yet.
 
     Attributes:
       weight: `[*stack, *in, *out]`, as the file has it.

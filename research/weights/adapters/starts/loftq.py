@@ -14,7 +14,7 @@ from research.weights.over_stack import over_stack
 from research.weights.parameter_spec import Spec
 
 Array = jax.Array
-ROUNDING = 1e-6  # Of the largest singular value: the others are those of zeros.
+ROUNDING = 1e-6  # Singular values below this share of the largest are zeros.
 
 
 class LoftQ(LoRA):

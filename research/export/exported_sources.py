@@ -124,7 +124,7 @@ class _RunSource:
         # The newest step may turn out to be damaged.
         found = agreement.together(lambda: saved_step(self._of_run, step))
         self._number = agreement.of_first(found)
-        check(base, self._of_run.config(), formats)
+        check(base, self._of_run.config().model.quantize, formats)
 
     @property
     def identity(self) -> Mapping[str, str]:

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Sequence
 
 from research.config.choices import DEQUANTISED, EXPORT_BASES, ORIGINAL
-from research.config.run_config import Config
 from research.core.errors import UserError, look_up
 from research.formats.export_format import find_format
 from research.formats.load_parameters import load_frozen
@@ -15,12 +14,12 @@ from research.runs.reopen import ReopenedRun
 from research.weights import trainable
 
 
-def check(base: str, config: Config, formats: Sequence[str]) -> None:
+def check(base: str, form: str, formats: Sequence[str]) -> None:
     """Refuses a base of the export of a run before anything is read.
 
     Args:
       base: one of `EXPORT_BASES`.
-      config: of the run.
+      form: `config.model.quantize` of the run.
       formats: names, see `find_format`.
 
     Raises:
@@ -28,14 +27,13 @@ def check(base: str, config: Config, formats: Sequence[str]) -> None:
         has adapters alone, which other tools add to other weights than `base`.
     """
     look_up(dict.fromkeys(EXPORT_BASES), base, "--base")
-    form = config.model.quantize
     if form == "none" and base == ORIGINAL:
         raise UserError(
             "--base=original has no effect: this run was trained over the base "
             "model's own weights (config.model.quantize=none); remove it"
         )
     alone = [name for name in formats if not find_format(name).merges]
-    if alone and base == DEQUANTISED and not same_numbers(config, "none"):
+    if alone and base == DEQUANTISED and not same_numbers(form, "none"):
         raise UserError(
             f"--format={alone[0]} writes adapters alone, which other tools add to the "
             f"base model's own weights, and this run was trained over {form} codes: "

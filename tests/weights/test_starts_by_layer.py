@@ -85,7 +85,7 @@ def test_loftq_reads_one_path_at_a_time_and_the_plan_knows(tmp_path, monkeypatch
     before, read, found, weights = held(), definition_from_config.lost_in_codes, {}, []
 
     def reading(*given):
-        assert not any(weight() for weight in weights), "the path before is gone"
+        assert all(weight() is None for weight in weights), "the path before is gone"
         lost = read(*given)
         found[given[2]] = held() - before
         weights.append(weakref.ref(lost.weight))

@@ -244,23 +244,23 @@ def find_adapters(
                 f"{identity[part][:12]}), and the base that is served is {base.name} "
                 f"({here[:12]}): serve the run by itself"
             )
-    found = find_run(address.folder, base)
-    if found.trainable.kind.reads_lost and not same_numbers(config, quantize):
+    found, own = find_run(address.folder, base), config.model.quantize
+    if found.trainable.kind.reads_lost and not same_numbers(own, quantize):
         raise UserError(
             f"{folder} has adapters of kind {config.lora.kind!r}, which make up for "
-            f"what {weights_text(config.model.quantize)} lack, and the base that is "
+            f"what {weights_text(own)} lack, and the base that is "
             f"served is {weights_text(quantize)}: serve the run by itself and without "
             "--model, or export it with --format=hf and serve that model"
         )
     return found
 
 
-def same_numbers(config: Config, quantize: str) -> bool:
-    """Whether a base in the form `quantize` has the numbers a run was trained over.
+def same_numbers(own: str, other: str) -> bool:
+    """Whether a base has the same numbers in two forms, see `config.model.quantize`.
 
     Codes that are kept stand for the very numbers of their file.
     """
-    forms = {config.model.quantize, quantize}
+    forms = {own, other}
     return len(forms) == 1 or forms == {"none", "keep"}
 
 

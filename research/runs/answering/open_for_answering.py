@@ -144,7 +144,7 @@ class Answering:
           DamagedError: no checkpoint can be read.
         """
         found = find_adapters(address, self.base, self.quantize)
-        if not same_numbers(found.config, self.quantize):
+        if not same_numbers(found.config.model.quantize, self.quantize):
             logging.warning(
                 "%s was trained over %s and answers over %s here: its answers may "
                 "differ from those of its report",

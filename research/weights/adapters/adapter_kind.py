@@ -248,8 +248,9 @@ class AdapterKind(abc.ABC):
         started = {}
         for index, (path, factors) in enumerate(own.items()):
             own_key = jax.random.fold_in(key, index)
-            source = self.source(path, base, inputs)
-            start = self.init_matrix(own_key, factors, source, scales[path])
+            start = self.init_matrix(  # Nothing else holds the source of a path.
+                own_key, factors, self.source(path, base, inputs), scales[path]
+            )
             started[path] = {
                 k: only_layers(x, factors[k].layers) for k, x in start.items()
             }

@@ -101,16 +101,12 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
     for each in opened:
         check_best_by(each.config)
     base = agreement.together(
-        lambda: open_start(first.config, first.folder),
+        lambda: _open_base(opened),
         lambda base: {
             "base model": base.fingerprint,
             "tokenizer": base.tokenizer.fingerprint,
         },
     )
-    if len(opened) > 1:  # Refuses a pack before anything is loaded.
-        pack_arrays.union(
-            Model(base.architecture).specs, [each.config for each in opened]
-        )
     devices = mesh.make_mesh(first.config.mesh)
     loaded: dict[int, tuple[Task, HeldOutAnswers]] = {}
     runs: list[TrainingRun] = []
@@ -156,6 +152,15 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
             )
         )
     return runs
+
+
+def _open_base(opened: Sequence[OpenedFolder]) -> Base:
+    """The base model of all runs, which can train together over it."""
+    base = open_start(opened[0].config, opened[0].folder)
+    if len(opened) > 1:
+        specs = Model(base.architecture).specs
+        pack_arrays.union(specs, [each.config for each in opened])
+    return base
 
 
 def _load(

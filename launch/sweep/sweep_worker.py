@@ -207,9 +207,18 @@ class SweepWorker:
         open_runs = [run for run in self._runs if not run.is_done]
         totals = [total_steps(run) for run in open_runs]
         left = sum(totals) - sum(map(last_step, open_runs)) if all(totals) else 0
-        if not (trained and left):
-            return ""
-        return f"; about {duration(left * spent / trained)} to go for one worker"
+        return time_to_go(left, trained, spent)
+
+
+def time_to_go(left: float, trained: float, spent: float) -> str:
+    """The time that `left` steps take if `trained` ones took `spent` seconds, as text.
+
+    Empty where the pace is not known: a run that resumes from a checkpoint has fewer
+    steps than it had logged, until it has passed them.
+    """
+    if trained <= 0 or left <= 0:
+        return ""
+    return f"; about {duration(left * spent / trained)} to go for one worker"
 
 
 def total_steps(run: SweepRun) -> int:

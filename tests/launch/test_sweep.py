@@ -551,6 +551,15 @@ def swept(place, results):
     return [place.start_python(*command).finish() for _ in range(2)]
 
 
+@pytest.mark.parametrize(
+    ("trained", "said"),
+    [(20, "; about 1:40 to go for one worker"), (0, ""), (-12, "")],
+    ids=["at a pace", "nothing yet", "behind the steps it had logged"],
+)
+def test_the_time_to_go_is_said_where_a_pace_is_known(trained, said):
+    assert sweep_worker.time_to_go(50, trained, 40.0) == said
+
+
 @pytest.mark.soak
 def test_a_real_sweep_trains_all_it_can_and_says_what_failed(place, swept):
     first, again = swept

@@ -33,21 +33,27 @@ def kept_kinds(
     layers have types without a common one. `load_frozen` says which.
 
     Raises:
-      UserError: the codes of a matrix do not lie along its inputs, or not in blocks; or
-        there are none.
+      UserError: the codes of a matrix do not lie along its inputs, or not in blocks.
     """
-    if quantize != KEEP:
+    if quantize != KEEP or not isinstance(tensors, CodedFile):
         return {}
-    found = {}
-    if isinstance(tensors, CodedFile):
-        found = _kinds(tensors, architecture, specs)
-    if not found:
+    return _kinds(tensors, architecture, specs)
+
+
+def require_kept(
+    quantize: str, tensors: TensorFile | None, kept: Mapping[str, BlockKind]
+) -> None:
+    """Refuses `config.model.quantize=keep` of a new run that would keep nothing.
+
+    Raises:
+      UserError: the base has no codes.
+    """
+    if quantize == KEEP and not kept:
         place = "a base of random weights" if tensors is None else tensors.place
         raise UserError(
             f"config.model.quantize=keep: {place} holds no matrix in codes that could "
             "be kept; use --config.model.quantize=nf4, int4, int8 or none"
         )
-    return found
 
 
 def _kinds(

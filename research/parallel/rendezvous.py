@@ -76,12 +76,14 @@ def _allow_files(count: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except (ValueError, OSError) as error:
         raise UserError(
             f"process 0 of {count} needs {needed:,} open files, and this system allows "
-            f"{hard:,}: raise the hard limit (ulimit -Hn) of the first machine"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+            f"{hard:,} at most ({error}): raise the hard limit (ulimit -Hn) of the "
+            "first machine"
+        ) from error
 
 
 def _listen(processes: Processes) -> socket.socket | None:

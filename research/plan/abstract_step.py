@@ -32,7 +32,10 @@ from research.runs.run_directory import RunDir
 from research.tasks import task_registry
 from research.tokenize.tokenizer import Tokenizer
 from research.train.step import train_step
-from research.train.step.definition_from_config import make_step_definition
+from research.train.step.definition_from_config import (
+    make_step_definition,
+    require_new_start,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +119,9 @@ def make_abstract_step(
     base = Base("planned", architecture, cast(Tokenizer, None), tensors)
     objective = task_registry.make_objective(config, mesh)
     definition = make_step_definition(config, base, mesh, objective)
+    # Which codes the base of another run has is not known here.
+    if tensors or config.model.quantize != KEEP or not config.model.init_from:
+        require_new_start(config, base, definition)
     split = definition.trainable
     frozen = meshes.abstract_arrays(split.frozen_specs, mesh, split.frozen_dtype)
     data = config.data
@@ -140,7 +146,7 @@ def _kept_tensors(config: Config) -> TensorFile | None:
     """
     start = config.model.init_from
     if not start or (not is_hub(start) and RunDir(split_step(start)[0]).is_run):
-        return None  # Numbers.
+        return None
     try:
         return _open_tensors(start)
     except UserError as error:

@@ -41,7 +41,11 @@ from research.train.metrics.held_out_answers import HeldOutAnswers, check_best_b
 from research.train.programs import pack_arrays
 from research.train.programs.device_batches import first_batches
 from research.train.step import train_step
-from research.train.step.definition_from_config import load_start, make_step_definition
+from research.train.step.definition_from_config import (
+    load_start,
+    make_step_definition,
+    require_new_start,
+)
 from research.train.step.schedules import make_schedule
 from research.train.training_run import TrainingRun
 
@@ -114,7 +118,9 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
         config = each.config
         # Before the data is read: a model that does not fit the mesh is refused early.
         objective = task_registry.make_objective(config, devices)
-        make_step_definition(config, base, devices, objective)
+        definition = make_step_definition(config, base, devices, objective)
+        if not each.folder.exists:
+            require_new_start(config, base, definition)
         if config.seed not in loaded:
             loaded[config.seed] = _load(config, base, phases)
         task, answers = loaded[config.seed]

@@ -119,6 +119,23 @@ def make(
     return look_up(ways, trainable, "config.trainable")(model, lora, specs)
 
 
+def require_new_ranks(lora: LoRAConfig, specs: Mapping[str, Spec]) -> None:
+    """Refuses ranks of a run that has not begun; older runs may have them.
+
+    Raises:
+      UserError: a rank is above those of its matrix.
+    """
+    if lora.init_from:  # An adapter of another tool is used as it is.
+        return
+    kind, lora = find_kind(lora.kind), with_own_patterns(lora, specs)
+    ranks = parameter_paths.numbers_by_pattern(
+        kind.specs(specs, lora), lora.rank_pattern, lora.rank
+    )
+    for path, rank in ranks.items():
+        if fault := kind.new_rank_fault(specs[path], int(rank)):
+            raise UserError(f"{path} cannot have this adapter: {fault}")
+
+
 def _make_adapters(
     model: ModelConfig,
     lora: LoRAConfig,

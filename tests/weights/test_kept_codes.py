@@ -27,7 +27,7 @@ from research.formats.huggingface.huggingface_weights import (
     HuggingFaceWeights,
     read_hf_config,
 )
-from research.formats.kept_tensors import kept_kinds
+from research.formats.kept_tensors import kept_kinds, require_kept
 from research.formats.load_parameters import load_base, load_frozen
 from research.models.families.family_registry import family_of, from_hf_config
 from research.models.families.stored_tensor import used
@@ -257,10 +257,12 @@ def test_numbers_of_a_file_stay_numbers_and_are_named(tmp_path, caplog):
 def test_a_base_without_codes_is_refused(tmp_path):
     architecture = from_hf_config(WIDE)
     file = GGUFFile(write_file(tmp_path / "x", architecture, lambda name: None))
+    _, _, kept = split_of(file, architecture)
     with pytest.raises(UserError, match=r"/x holds no matrix in codes .*; use .*nf4"):
-        split_of(file, architecture)
+        require_kept("keep", file, kept)
     with pytest.raises(UserError, match=r"random weights holds no matrix in codes"):
-        split_of(None, architecture)
+        require_kept("keep", None, {})
+    require_kept("nf4", None, {})
 
 
 def test_a_scale_that_is_not_finite_is_named(tmp_path):

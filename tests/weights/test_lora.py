@@ -169,9 +169,15 @@ def test_a_rank_above_the_matrix_is_refused_but_in_an_adapter_that_is_there(mode
         r"key.kernel cannot .* is 41, and .*\[40, 40\].*above 40: lower .*rank_pattern"
     )
     with pytest.raises(UserError, match=said):
-        lora.adapter_specs(model.specs, wide)
+        trainable.require_new_ranks(wide, model.specs)
+    # A run that has begun keeps its ranks.
+    assert lora.adapter_specs(model.specs, wide)[KEY]["a"].shape[-1] == 41
     found = dataclasses.replace(wide, init_from="adapter")
-    assert lora.adapter_specs(model.specs, found)[KEY]["a"].shape[-1] == 41
+    trainable.require_new_ranks(found, model.specs)
+    # EVA's factors have more room than the rank, which is what counts.
+    eva = dataclasses.replace(config, kind="eva", eva_rho=1.0, rank_pattern=("key=41",))
+    with pytest.raises(UserError, match=r"key.kernel cannot"):
+        trainable.require_new_ranks(eva, model.specs)
 
 
 def test_alpha_pattern_scales_its_matches_only(model, params):

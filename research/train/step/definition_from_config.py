@@ -13,7 +13,7 @@ from research.core.errors import UserError
 from research.data.metric_sums import Objective
 from research.data.token_batch import Batch
 from research.formats.base_model import Base
-from research.formats.kept_tensors import kept_kinds
+from research.formats.kept_tensors import kept_kinds, require_kept
 from research.formats.load_parameters import load_base, load_frozen, load_param
 from research.formats.peft.adapter_folder import AdapterFolder
 from research.models.families.family_registry import family_of
@@ -61,6 +61,19 @@ def make_step_definition(
         grad_norms=config.runtime.grad_norms,
         noise_alpha=config.optim.neftune_noise_alpha,
     )
+
+
+def require_new_start(config: Config, base: Base, definition: StepDefinition) -> None:
+    """Refuses what only a run that has not begun is asked: older runs may have it.
+
+    Raises:
+      UserError: a rank is above those of its matrix, or `keep` would keep no codes.
+    """
+    specs, quantize = definition.model.specs, config.model.quantize
+    kept = kept_kinds(quantize, base.tensors, base.architecture, specs)
+    require_kept(quantize, base.tensors, kept)
+    if config.trainable == "lora":
+        trainable.require_new_ranks(config.lora, specs)
 
 
 def _check_rows(config: Config, base: Base, mesh: Mesh) -> None:

@@ -152,6 +152,10 @@ class AdapterKind(abc.ABC):
         """Why `spec` can have no new adapter of this rank, and a remedy; or ""."""
         return ""
 
+    def new_rank_fault(self, spec: Spec, rank: int) -> str:
+        """Why a new run has no use for this rank, and a remedy; or ""."""
+        return ""
+
     def directions(self, rank: int) -> int:
         """How many directions of its inputs a matrix of this rank starts from."""
         return rank

@@ -36,7 +36,7 @@ class LoRA(AdapterKind):
 
     name = "lora"
 
-    def rank_fault(self, spec: Spec, rank: int) -> str:
+    def new_rank_fault(self, spec: Spec, rank: int) -> str:
         inputs, outputs = spec.as_matrix.shape[-2:]
         if rank <= min(inputs, outputs):
             return ""

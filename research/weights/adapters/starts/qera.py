@@ -53,9 +53,15 @@ class QERA(LoftQ):
 
     def rank_fault(self, spec: Spec, rank: int) -> str:
         if "vocab" in spec.axes:
-            return "qera starts at inputs of layers: drop tables and heads from targets"
+            return (
+                "qera starts at the inputs of layers: drop tables and heads from "
+                "config.lora.targets, or choose another config.lora.kind"
+            )
         if spec.stacked > 1:
-            return "qera has no start for experts, each of which sees other tokens"
+            return (
+                "qera has no start for experts, each of which sees other tokens: drop "
+                "them from config.lora.targets, or choose another config.lora.kind"
+            )
         return super().rank_fault(spec, rank)
 
     def init(

@@ -35,6 +35,9 @@ class ShiftedLoRA(LoRA):
     def take(self, weight: Array, rank: int, scale: float) -> tuple[Array, Array]:
         """The start `[in, rank]` and `[rank, out]` of a weight `[in, out]`, float32."""
 
+    def rank_fault(self, spec: Spec, rank: int) -> str:
+        return self.new_rank_fault(spec, rank)
+
     def matrix_specs(self, spec: Spec, rank: int) -> dict[str, Spec]:
         own = super().matrix_specs(spec, rank)
         fixed = {f"{x}0": dataclasses.replace(own[x], fixed=True) for x in own}

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from research.checkpoints.checkpointer import Checkpointer
@@ -116,11 +117,7 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
     runs: list[TrainingRun] = []
     for each in opened:
         config = each.config
-        # Before the data is read: a model that does not fit the mesh is refused early.
-        objective = task_registry.make_objective(config, devices)
-        definition = make_step_definition(config, base, devices, objective)
-        if not each.folder.exists:
-            require_new_start(config, base, definition)
+        _require_fit(each, base, devices)
         if config.seed not in loaded:
             loaded[config.seed] = _load(config, base, phases)
         task, answers = loaded[config.seed]
@@ -158,6 +155,15 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
             )
         )
     return runs
+
+
+def _require_fit(opened: OpenedFolder, base: Base, devices: Mesh) -> None:
+    """Refuses a run that does not fit its mesh or base, before its data is read."""
+    config = opened.config
+    objective = task_registry.make_objective(config, devices)
+    definition = make_step_definition(config, base, devices, objective)
+    if not opened.folder.exists:
+        require_new_start(config, base, definition)
 
 
 def _open_base(opened: Sequence[OpenedFolder]) -> Base:

@@ -102,6 +102,8 @@ class Child:
         try:
             code = self._exit_code(limit)
         finally:
+            if self._process:  # It may not lead its group yet.
+                self._process.kill()
             # Its own children, too: they would hold the card's memory.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._pid, signal.SIGKILL)

@@ -351,9 +351,7 @@ def _open_base(
     if first and isinstance(prompts, PlainFormat):
         prompts = first.prompts_with("")  # So that it can be compared with the runs.
     served = ServedModel(BASE, base.name, "", None, 0, base.fingerprint, prompts)
-    return Answering(
-        base, model, mesh, params, served, (), quantize=config.quantize
-    )  # fmt: skip
+    return Answering(base, model, mesh, params, served, (), quantize=config.quantize)
 
 
 def _with_bank(

@@ -72,7 +72,7 @@ class QERA(LoftQ):
         base: Mapping[str, Matrix] = MappingProxyType({}),
         inputs: Mapping[str, InputDirections] = MappingProxyType({}),
     ) -> Adapters:
-        """All adapters at their start; `base` is what the codes have lost.
+        """All adapters at their start; `base` has a `LostInCodes` for each path.
 
         Raises:
           UserError: the inputs of a matrix have not been measured.

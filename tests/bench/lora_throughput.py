@@ -29,12 +29,11 @@ ROOT = Path(__file__).resolve().parents[2]
 WARMUP_STEPS = 2
 # Runs by allocator, side and dtype.
 Results = dict[tuple[str, str, str], list[dict[str, Any]]]
-# The second is what the Makefile sets for us: freed memory is kept, on huge pages, by
-# the one arena that all threads share.
+# The second is what the Makefile sets for us: freed memory is kept, on huge pages.
 ALLOCATORS = {
     "plain malloc": "",
     "huge pages": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0"
-    ":glibc.malloc.trim_threshold=100000000000:glibc.malloc.arena_max=1",
+    ":glibc.malloc.trim_threshold=100000000000",
 }
 
 

@@ -44,18 +44,6 @@ def _is_size(held_out: float) -> bool:
 
 RULES = (
     Rule(
-        ("lora.layers", "lora.kind"),
-        "DoRA trains the lengths of every layer, so it has no choice of layers: use "
-        "another kind",
-        lambda c: not c.lora.layers or c.lora.kind != "dora",
-    ),
-    Rule(
-        ("lora.layers", "lora.kind"),
-        "VeRA's random matrices are shared by all layers, so it has no choice of "
-        "layers: use another kind",
-        lambda c: not c.lora.layers or c.lora.kind != "vera",
-    ),
-    Rule(
         ("trainable", "model.quantize"),
         "codes do not train: set --config.model.quantize=none, or "
         "--config.trainable=lora",

@@ -97,10 +97,14 @@ def split_lengths(
 
 
 def with_lengths(weight: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """A weight `[*in, *out]` with outputs of these `lengths` `[*out]`, as in DoRA."""
+    """A weight `[*in, *out]` with outputs of these `lengths` `[*out]`, as in DoRA.
+
+    A length of zero stands for an output that no adapter changes.
+    """
     into = tuple(range(weight.ndim - lengths.ndim))
     norms = np.sqrt(np.sum(np.square(weight, dtype=np.float32), into))
-    return weight * (lengths / np.maximum(norms, np.finfo(np.float32).tiny))
+    gains = lengths / np.maximum(norms, np.finfo(np.float32).tiny)
+    return weight * np.where(lengths == 0, np.float32(1), gains)
 
 
 def factor_shapes(

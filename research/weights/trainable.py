@@ -94,7 +94,7 @@ class Trainable:
     def off(self, params: Params, frozen: Params) -> Params:
         """Trained parameters of the same shapes with which the model is the base."""
         whole = {path: frozen[path].astype(self.dtype) for path in self.full}
-        return self.kind.off(self.adapters(params), frozen) | whole
+        return self.kind.off(self.adapters(params)) | whole
 
 
 def make(

@@ -1,5 +1,7 @@
 """Twenty steps of PEFT with each kind of adapter: losses, tensors, merged weights.
 
+One step with DoRA's dropout is recorded, with its gradients and what it dropped.
+
 The model is one of `tiny.py`, and rows follow from a seed. All tensors are those of
 PEFT's own files, at the start and at the end, so that a test can begin where PEFT did.
 """
@@ -27,7 +29,8 @@ from safetensors.numpy import load_file
 FOLDER, MODEL = "training", "llama2"
 STEPS, BATCHES, ROWS, LENGTH = 20, 2, 4, 24
 RATE, RATIO = 5e-3, 16.0
-RATES = {"vera": 0.2}  # Its few numbers need a higher one.
+# Few numbers need a higher one.
+RATES = {"vera": 0.2, "vera_layers": 0.2, "dora_layers": 1e-2}
 TOLERANCE = 1e-4
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 USUAL: dict[str, Any] = {
@@ -56,11 +59,29 @@ CASES: dict[str, dict[str, Any]] = {
         "use_dora": True,
         "target_modules": ["q_proj", "down_proj", "embed_tokens"],
     },
+    "vera_layers": {"layers_to_transform": [1]},
+    "dora_layers": {"use_dora": True, "layers_to_transform": [1]},
+    "dora_dropout": {"use_dora": True, "lora_dropout": 0.5},
 }
 # Those of which the start alone is recorded: they train as another one.
 STARTS = ("eva_labels",)
+# Those of which one step is recorded, and what it dropped.
+ONE_STEP = ("dora_dropout",)
 # Those whose merge adds one product to the original weight, and rounds once.
 MERGED = ("lora", "rslora", "dora", "vera")
+
+
+class GivenDropout(torch.nn.Module):
+    """Drops what NumPy draws, which `kept` tells: no other tool draws as torch does."""
+
+    def __init__(self, rate: float, seed: int):
+        super().__init__()
+        self.rate, self.rng = rate, np.random.default_rng(seed)
+        self.kept = np.zeros(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept = self.rng.random(x.shape) >= self.rate
+        return x * torch.from_numpy(self.kept) / (1 - self.rate)
 
 
 def rows() -> np.ndarray:
@@ -92,9 +113,9 @@ def _family() -> tiny.Family:
 
 def _adapted(case: str, model: Any) -> Any:
     torch.manual_seed(7)
-    if case == "vera":
+    if case.startswith("vera"):
         usual = {name: x for name, x in USUAL.items() if name != "lora_alpha"}
-        model = get_peft_model(model, VeraConfig(**usual))
+        model = get_peft_model(model, VeraConfig(**usual | CASES[case]))
     else:
         model = get_peft_model(model, LoraConfig(**USUAL | CASES[case]))
     if case.startswith("eva"):
@@ -137,11 +158,15 @@ def compute(case: str) -> tuple[dict[str, Any], Arrays]:
 
 def _compute(case: str) -> tuple[dict[str, Any], Arrays]:
     model = _adapted(case, tiny.build(_family()))
+    dropouts = _with_given_dropout(model) if case in ONE_STEP else {}
     config, start = _saved(model)
     arrays = {"rows": rows()[:BATCHES]}
     arrays |= {f"start {name}": value for name, value in start.items()}
     if case in STARTS:
         arrays["labels"] = labels()
+    elif case in ONE_STEP:
+        arrays |= _gradients(model)
+        arrays |= {f"kept {name}": np.int8(x.kept) for name, x in dropouts.items()}
     else:
         arrays["losses"] = np.float32(_losses(case, model))
         _, final = _saved(model)
@@ -155,19 +180,46 @@ def _compute(case: str) -> tuple[dict[str, Any], Arrays]:
     return config, arrays
 
 
+def _with_given_dropout(model: Any) -> dict[str, GivenDropout]:
+    """Those that now stand in each module, by its name; no factor is zero."""
+    found = {}
+    for name, module in model.named_modules():
+        if dropout := getattr(module, "lora_dropout", None):
+            found[name] = dropout["default"] = GivenDropout(0.5, len(found))
+            up = module.lora_B["default"].weight
+            up.data = torch.randn(up.shape, generator=torch.manual_seed(9)) / 4
+    model.train()  # In evaluation nothing is dropped.
+    return found
+
+
+def _loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch[:, 1:].flatten()
+    )
+
+
+def _gradients(model: Any) -> Arrays:
+    """The loss of the first rows, and its gradients by the names of PEFT's files."""
+    loss = _loss(model, torch.from_numpy(rows()[0].astype(np.int64)))
+    loss.backward()
+    trained = {n: x for n, x in model.named_parameters() if x.requires_grad}
+    names = {name: name.replace(".default", "") for name in trained}
+    names = {x: name.replace("vector.weight", "vector") for x, name in names.items()}
+    gradients = {f"gradient {names[n]}": x.grad.numpy() for n, x in trained.items()}
+    return {"losses": np.float32([loss.item()]), **gradients}
+
+
 def _losses(case: str, model: Any) -> list[float]:
     """Those of the steps, which train `model`."""
     optimizer, losses = _optimizer(case, model), []
     for batch in torch.from_numpy(rows().astype(np.int64)):
-        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), batch[:, 1:].flatten()
-        )
+        loss = _loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    require(losses[-1] < losses[0] - 0.2, f"{case}: the losses are {losses}")
+    require(losses[-BATCHES] < losses[0] - 0.2, f"{case}: the losses are {losses}")
     return losses
 
 

@@ -110,7 +110,8 @@ def test_adapters_of_experts_train_over_an_expert_axis_as_on_one_device(experts,
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", ["dora", "vera"])
 def test_a_run_in_a_pack_of_its_kind_equals_itself_alone(small, kind):
-    own = [{"rank": 2, "dropout": 0.3}, {"rank": 3}]
+    own = [{"rank": 2, "dropout": 0.3}]
+    own += [{"rank": 3, "layers": "1", "targets": ("mlp.down", "query")}]
     packs = [
         [
             dataclasses.replace(
@@ -153,6 +154,26 @@ def test_padding_for_a_pack_changes_no_product_and_gets_no_gradient(kind):
         jax.grad(lambda a: jnp.sum(jnp.square(product(a))))(a) for a in (wide, own)
     )
     close(slopes, kind.pad(expected, wide))
+
+
+@pytest.mark.parametrize("kind", ADAPTER_MODULES)
+def test_zeros_change_nothing_and_get_no_gradient(kind):
+    """They stand for layers outside of lora.layers, and for matrices of other runs."""
+    rng, kind = np.random.default_rng(0), find_kind(kind)
+    spec = Spec((12, 9), ("embed", "mlp"))
+    base = {"w": jnp.float32(rng.normal(size=spec.shape))}
+    zeros = {
+        "w": {n: jnp.zeros(x.shape) for n, x in kind.matrix_specs(spec, 4).items()}
+    }
+    settings = kind.settings({"w": 4}, LoRAConfig(rank=4, targets=("w",)))
+    x = jnp.float32(rng.normal(size=(7, spec.shape[0])))
+
+    def product(adapters):
+        return contract(x, kind.attach(base, adapters, settings)["w"])
+
+    np.testing.assert_array_equal(product(zeros), contract(x, base["w"]))
+    slopes = jax.grad(lambda a: jnp.sum(jnp.square(product(a))))(zeros)
+    assert not any(map(np.any, jax.tree.leaves(slopes)))
 
 
 def test_kinds_of_the_same_arrays_are_a_pack_and_a_refusal_names_both(small):

@@ -128,7 +128,6 @@ def test_it_is_exported_and_served_as_lora(trained):
         ("loftq", {}, {}, "loftq and qera start at what the codes of a base have"),
         ("qera", {"targets": ("embedding",)}, CODED["qera"], "qera starts at the inp"),
         ("eva", {"rslora": True}, {}, "EVA gives each matrix a rank of its own"),
-        ("vera", {"layers": "0"}, {}, "shared by all layers, so it has no choice"),
         ("vera", {"targets": ("embedding",)}, {}, "vera has none for tables: drop"),
         (
             "eva",

@@ -55,9 +55,8 @@ def test_no_kind_judges_the_rank_of_another(small, specs, others, rank, arrays):
 @pytest.mark.parametrize(
     "kind, first, second, said",
     [
-        ("dora", {"targets": ("mlp",)}, {"targets": ("query",)}, "a vector is trained"),
-        ("vera", {"targets": ("mlp",)}, {"targets": ("query",)}, "a vector is trained"),
         ("orthogonal", {"rank": 2}, {"rank": 3}, r"rank.* is 3"),
+        ("dora", {"layers": "1"}, {"layers": "1-2"}, r"layers has 1-2, and"),
     ],
 )
 def test_a_pack_is_refused_before_anything_is_loaded_or_written(

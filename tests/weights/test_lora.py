@@ -462,20 +462,34 @@ def test_lift_trains_a_plain_function_of_nested_parameters():
     check_lifted(apply, params, "lora")
 
 
-@pytest.mark.parametrize("kind", ["lora", "pissa"])
-def test_layers_without_adapters_are_zero_and_not_counted(kind, model, params):
-    config = LoRAConfig(kind=kind, rank=2, targets=("query", "embedding"), layers="1")
+@pytest.mark.parametrize(
+    "kind, empty, per_layer",
+    [
+        ("lora", "b", lambda inputs, outputs: 2 * (inputs + outputs)),
+        ("pissa", "", lambda inputs, outputs: 2 * (inputs + outputs)),
+        ("dora", "b", lambda inputs, outputs: 2 * (inputs + outputs) + outputs),
+        ("vera", "lambda_b", lambda inputs, outputs: 2 + outputs),
+    ],
+)
+def test_layers_without_adapters_are_zero_and_not_counted(
+    kind, empty, per_layer, model, params
+):
+    targets = ("query", "embedding") if kind != "vera" else ("query",)
+    config = LoRAConfig(kind=kind, rank=2, targets=targets, layers="1")
     split = trainable.make("lora", ModelConfig(), config, model.specs)
     start = split.init(jax.random.key(0), params)
-    for name, value in start[QUERY].items():
-        assert not np.any(value[0]), name
-        assert np.any(value[1]) == (name != "b" or kind == "pissa"), name
-    assert start["embedding.table"]["a"].shape == (TINY.vocab, 2)
+    for name, spec in split.specs[QUERY].items():
+        if spec.axes[0] != "layers":  # VeRA's matrices belong to all layers.
+            continue
+        assert not np.any(start[QUERY][name][0]), name
+        assert np.any(start[QUERY][name][1]) == (name != empty), name
+    if kind != "vera":
+        assert start["embedding.table"]["a"].shape == (TINY.vocab, 2)
     every = trainable.make(
         "lora", ModelConfig(), dataclasses.replace(config, layers=""), model.specs
     )
     inputs, outputs = model.specs[QUERY].as_matrix.shape[-2:]
-    assert every.count - split.count == 2 * (inputs + outputs)
+    assert every.count - split.count == per_layer(inputs, outputs)
 
 
 @pytest.mark.parametrize(
@@ -499,8 +513,3 @@ def test_vera_has_no_factors_b_for_loraplus():
         Config(lora=lora, optim=optim)
     own = dataclasses.replace(optim, rate_pattern=("lambda_b$=16",))
     Config(lora=lora, optim=own)
-
-
-def test_dora_has_no_choice_of_layers():
-    with pytest.raises(UserError, match=r"lora\.kind is 'dora'.*every layer"):
-        Config(lora=LoRAConfig(kind="dora", layers="0-1"))

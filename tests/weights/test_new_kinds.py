@@ -68,10 +68,10 @@ MATRIX = "layers.attention.output.kernel"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scaled(Leaf):
-    """`inner` with each output multiplied by `gain`, `[*stack, *out]`."""
+    """`inner` with each output multiplied by 1 + `stretch`, `[*stack, *out]`."""
 
     inner: Leaf
-    gain: jax.Array
+    stretch: jax.Array
 
     @property
     def shape(self):
@@ -79,52 +79,49 @@ class Scaled(Leaf):
 
     def contract(self, x, n_in, dtype):
         y = contract(x, self.inner, n_in, dtype)
-        return y * jnp.expand_dims(self.gain, range(x.ndim - n_in)).astype(dtype)
+        gain = jnp.expand_dims(1 + self.stretch, range(x.ndim - n_in))
+        return y * gain.astype(dtype)
 
     def lookup(self, ids, dtype):
         rows = lookup(self.inner, ids, dtype)
-        return rows * jnp.expand_dims(self.gain, range(ids.ndim)).astype(dtype)
+        gain = jnp.expand_dims(1 + self.stretch, range(ids.ndim))
+        return rows * gain.astype(dtype)
 
     def transpose(self):
         return transpose(self.materialize())
 
     def materialize(self):
         whole, stack = materialize(self.inner), self.inner.scale.ndim
-        n_in = whole.ndim - self.gain.ndim
-        gain = jnp.expand_dims(self.gain, range(stack, stack + n_in))
+        n_in = whole.ndim - self.stretch.ndim
+        gain = jnp.expand_dims(1 + self.stretch, range(stack, stack + n_in))
         return (whole.astype(jnp.float32) * gain).astype(whole.dtype)
 
 
 class ScaledLoRA(LoRA):
     name = "scaled"
-    pads_targets = False
 
     def matrix_specs(self, spec, rank):
         first = spec.stacked + spec.n_in
-        gain = Spec(
+        stretch = Spec(
             (*spec.shape[: spec.stacked], *spec.shape[first:]),
             (*spec.axes[: spec.stacked], *spec.axes[first:]),
             n_in=0,
             stacked=spec.stacked,
         )
-        return super().matrix_specs(spec, rank) | {"gain": gain}
+        return super().matrix_specs(spec, rank) | {"stretch": stretch}
 
     def init_matrix(self, key, specs, base, scale):
-        gain = jnp.ones(specs["gain"].shape, jnp.float32)
-        return super().init_matrix(key, specs, base, scale) | {"gain": gain}
+        stretch = jnp.zeros(specs["stretch"].shape, jnp.float32)
+        return super().init_matrix(key, specs, base, scale) | {"stretch": stretch}
 
     def attach_matrix(self, base, factors, scale, key, rate):
         low_rank = super().attach_matrix(base, factors, scale, key, rate)
-        return Scaled(low_rank, factors["gain"])
-
-    def off_matrix(self, factors, base):
-        gain = jnp.ones_like(factors["gain"])
-        return super().off_matrix(factors, base) | {"gain": gain}
+        return Scaled(low_rank, factors["stretch"])
 
     def unmerge_matrix(self, merged, adapted):
-        n_in = merged.ndim - adapted.gain.ndim
+        n_in = merged.ndim - adapted.stretch.ndim
         stack = adapted.inner.scale.ndim
-        gain = jnp.expand_dims(adapted.gain, range(stack, stack + n_in))
+        gain = jnp.expand_dims(1 + adapted.stretch, range(stack, stack + n_in))
         plain = merged.astype(jnp.float32) / gain
         return super().unmerge_matrix(plain, adapted.inner).astype(merged.dtype)
 
@@ -136,7 +133,7 @@ class Crooked(ScaledLoRA):
 
     def init_matrix(self, key, specs, base, scale):
         start = super().init_matrix(key, specs, base, scale)
-        return start | {"gain": start["gain"] * 1.01}
+        return start | {"stretch": start["stretch"] + 0.01}
 
 
 @jax.tree_util.register_dataclass
@@ -272,9 +269,9 @@ def test_it_trains_every_factor_and_the_loss_falls(trained):
     run = reopen(trained)
     assert isinstance(run.frozen[MATRIX], Int8)
     for path, factors in run.trainable.adapters(run.params).items():
-        assert factors.keys() == {"a", "b", "gain"}
+        assert factors.keys() == {"a", "b", "stretch"}
         assert np.abs(factors["b"]).max() > 0, path
-        assert np.abs(factors["gain"] - 1.0).max() > 1e-3, path
+        assert np.abs(factors["stretch"]).max() > 1e-3, path
     assert len(run.trainable.full) == 3
     for path in run.trainable.full:
         assert np.abs(run.params[path] - run.frozen[path]).max() > 1e-3, path
@@ -387,12 +384,12 @@ def test_it_is_counted_and_planned(small, trained):
     coded, plain = plan("codes"), plan("none")
     lora = config_for(small, "lora", "none", kind="lora")
     without = trainable.make(lora.trainable, lora.model, lora.lora, specs)
-    gains = 0
+    stretches = 0
     for path in without.adapters(without.specs):
         spec = specs[path]
         out = math.prod(spec.shape[spec.stacked + spec.n_in :])
-        gains += math.prod(spec.shape[: spec.stacked]) * out
-    expected = parameter_paths.count(without.specs) + gains
+        stretches += math.prod(spec.shape[: spec.stacked]) * out
+    expected = parameter_paths.count(without.specs) + stretches
     assert coded.trained == parameter_paths.count(final_params(trained)) == expected
     assert coded.trained == plain.trained
     whole = parameter_paths.count([specs[path] for path in without.full])
@@ -406,9 +403,10 @@ def test_it_is_counted_and_planned(small, trained):
 def test_its_factors_lie_over_the_mesh_as_their_matrix_does(small, trained):
     mesh = meshes.make_mesh(config_for(small, "unbroken").mesh)
     found = reopen(trained, mesh).params["layers.attention.query.kernel"]
-    assert found["gain"].sharding.spec == PartitionSpec(None, "tensor", None)
+    assert found["stretch"].sharding.spec == PartitionSpec(None, "tensor", None)
     assert found["a"].sharding.spec == PartitionSpec(None, "fsdp", None)
-    assert found["gain"].addressable_shards[0].data.size * 2 == found["gain"].size
+    part = found["stretch"].addressable_shards[0].data
+    assert part.size * 2 == found["stretch"].size
 
 
 def test_padding_to_another_rank_changes_no_output(small):
@@ -425,8 +423,6 @@ def test_padding_to_another_rank_changes_no_output(small):
     attached = SCALED.attach(base, own, settings)
     for path, leaf in SCALED.attach(base, padded, settings).items():
         close(materialize(leaf), materialize(attached[path]))
-    with pytest.raises(UserError, match="a vector is trained for every matrix"):
-        SCALED.union(specs, [ranks, {"layers.mlp.up.kernel": 2}])
 
 
 def test_an_unknown_kind_is_refused_with_those_there_are():

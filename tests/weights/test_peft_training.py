@@ -30,9 +30,6 @@ from research.models.transformer import Model
 from research.train.step.input_directions import measure_directions
 from research.train.step.optimizers import make_optimizer
 from research.weights.adapters.adapter_registry import find_kind
-from research.weights.contraction import contract
-from research.weights.representations.low_rank import LowRank
-from research.weights.representations.weight_decomposed import WeightDecomposed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RATE = 5e-3
@@ -59,10 +56,14 @@ CASES = {
     "eva": ({"kind": "eva"}, {}),
     "eva_labels": ({"kind": "eva", "targets": (QUERY, KEY, DOWN)}, {}),
     "vera": ({"kind": "vera"}, {"learning_rate": 0.2}),
+    "vera_layers": ({"kind": "vera", "layers": "1"}, {"learning_rate": 0.2}),
+    "dora_layers": ({"kind": "dora", "layers": "1"}, {"learning_rate": 1e-2}),
+    "dora_dropout": ({"kind": "dora"}, {}),
 }
 # The others run the programs of these, or take longer than a quick test may.
-STARTS = ("eva_labels",)
+STARTS = ("eva_labels", "dora_dropout")
 PROGRAMS = ("lora", "rslora", "loraplus", "pissa", "dora", "vera")
+PROGRAMS += ("vera_layers", "dora_layers")
 
 
 def config_of(case):
@@ -86,7 +87,10 @@ def recorded(case):
 
 
 def factors_of(case, when):
-    """The adapters of PEFT at `when`, "start" or "final", in our shapes."""
+    """Arrays that PEFT has at `when`, such as "start" or "final", in our shapes.
+
+    Zeros stand for layers without adapters.
+    """
     model, found = base()[0], {}
     for path in config_of(case).targets:
         spec, module = model.specs[path], MODULES[path]
@@ -104,8 +108,9 @@ def factors_of(case, when):
         own = {}
         for end, (name, shape) in ends.items():
             keys = [f"{when} base_model.model.{module.format(i)}.{end}" for i in layers]
-            if keys[0] in recorded(case):
-                values = [recorded(case)[key].T.reshape(shape) for key in keys]
+            if keys[-1] in recorded(case):
+                empty = np.zeros_like(recorded(case)[keys[-1]])
+                values = [recorded(case).get(x, empty).T.reshape(shape) for x in keys]
                 values = _with_one_rank(values, name)
                 own[name] = jnp.stack(values) if spec.stacked else jnp.array(values[0])
         found[path] = own
@@ -131,7 +136,7 @@ def started(case):
     """PEFT's start, with what our kinds keep beside it."""
     kind, config = find_kind(config_of(case).kind), config_of(case)
     start = factors_of(case, "start")
-    if case == "vera":  # The shared matrices of PEFT, as far as a matrix uses them.
+    if kind.name == "vera":  # PEFT's shared matrices, as far as a matrix uses them.
         a, b = (recorded(case)[f"start base_model.vera_{x}"] for x in "AB")
         for path, own in start.items():
             spec = base()[0].specs[path]
@@ -148,17 +153,20 @@ def started(case):
 @functools.partial(jax.jit, static_argnums=0)
 def slope(kind, adapters, settings, tokens):
     """The loss of PEFT's steps, and its gradient. Settings are traced."""
-    model, params = base()
 
     def loss(adapters):
-        weights = kind.attach(params, adapters, settings)
-        inputs = tokens[:, :-1]
-        places = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
-        hidden = model.hidden(weights, inputs, places, jnp.ones_like(inputs))
-        likely = jax.nn.log_softmax(model.logits(weights, hidden))
-        return -jnp.mean(jnp.take_along_axis(likely, tokens[:, 1:, None], -1))
+        return loss_of(kind.attach(base()[1], adapters, settings), tokens)
 
     return jax.value_and_grad(loss)(adapters)
+
+
+def loss_of(weights, tokens):
+    """That of PEFT's steps."""
+    model, inputs = base()[0], tokens[:, :-1]
+    places = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+    hidden = model.hidden(weights, inputs, places, jnp.ones_like(inputs))
+    likely = jax.nn.log_softmax(model.logits(weights, hidden))
+    return -jnp.mean(jnp.take_along_axis(likely, tokens[:, 1:, None], -1))
 
 
 @pytest.mark.parametrize(
@@ -337,21 +345,30 @@ def test_lengths_are_measured_once_a_step_and_get_no_gradient():
     assert all((x == 0).all() for x in jax.tree.leaves(slopes))
 
 
-def test_dropout_spares_the_frozen_product_as_in_peft():
-    """PEFT drops inputs of what it adds to the frozen product, and not of that."""
-    rng = np.random.default_rng(3)
-    x, w, a, b = (
-        jnp.float32(rng.normal(size=shape))
-        for shape in ((7, 5), (5, 6), (5, 2), (2, 6))
-    )
-    gain, scale = jnp.float32(rng.normal(size=6)), jnp.float32(1.5)
-    inner = LowRank(w, a, b, scale, jax.random.key(1), jnp.float32(0.5))
-    left = inner.dropped(x)
-    assert (left == 0).any() and (left != 0).any()
-    expected = (
-        x @ w + (gain - 1)[None] * (left @ w) + gain[None] * (left @ a @ b * scale)
-    )
-    close(contract(x, WeightDecomposed(inner, gain)), expected)
+def test_a_step_with_dropout_is_that_of_peft(monkeypatch):
+    """The frozen product sees all inputs, and what is added to it those that are left.
+
+    Inputs that PEFT kept stand in the place of keys, and nothing is drawn.
+    """
+    kind, config, adapters = started("dora_dropout")
+    params, given = base()[1], recorded("dora_dropout")
+    scales = kind.settings(kind.ranks(adapters), config).scales
+    monkeypatch.setattr(jax.random, "bernoulli", lambda kept, share, shape: kept)
+
+    def loss(adapters):
+        weights = dict(params)
+        for path, own in adapters.items():
+            names = [f"kept base_model.model.{MODULES[path].format(i)}" for i in (0, 1)]
+            kept = jnp.stack([given[name][None] != 0 for name in names])
+            scale, rate = jnp.full(2, scales[path]), jnp.full(2, 0.5)
+            weights[path] = kind.attach_matrix(params[path], own, scale, kept, rate)
+        return loss_of(weights, given["rows"][0])
+
+    value, slopes = jax.jit(jax.value_and_grad(loss))(adapters)
+    np.testing.assert_allclose(value, given["losses"][0], rtol=0, atol=1e-5)
+    for path, own in factors_of("dora_dropout", "gradient").items():
+        assert own.keys() == {"a", "b", "magnitude"}
+        close(slopes[path], own, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +402,7 @@ def folder_of(case, folder):
     return write_adapter(folder, tensors, config), tensors
 
 
-@pytest.mark.parametrize("case", ["rslora", "dora"])
+@pytest.mark.parametrize("case", ["rslora", "dora", "dora_layers"])
 def test_a_folder_of_peft_is_read_and_written_again(case, tmp_path):
     """The tensors are PEFT's own, by name, shape and value, and so is the product."""
     (model, params), config = base(), config_of(case)
@@ -405,17 +422,21 @@ def test_a_folder_of_peft_is_read_and_written_again(case, tmp_path):
         adapter.scales,
         lambda path, index: tuple(factors[path][x][index] for x in "ab"),
         fetch_lengths=(lambda path, index: factors[path]["magnitude"][index])
-        if case == "dora"
+        if config.kind == "dora"
         else None,
     )
     tensors = dict(written.tensors())
     assert {k: x.shape for k, x in theirs.items()} == written.shapes
     for key, value in theirs.items():
         np.testing.assert_array_equal(tensors[key], value, err_msg=key)
-    assert written.config.get("use_dora", False) == (case == "dora")
+    assert written.config.get("use_dora", False) == (config.kind == "dora")
     again = write_adapter(tmp_path / "ours", tensors, written.config)
     own = AdapterFolder(again, model.architecture, model.specs)
     assert own.scales == adapter.scales and own.adapter_kind is adapter.adapter_kind
+    if case == "dora_layers":  # Layer 0 stays as it is, bit for bit.
+        for path in LINEAR:
+            changed = merged[path] != params[path]
+            assert [np.any(x) for x in changed] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -423,7 +444,6 @@ def test_a_folder_of_peft_is_read_and_written_again(case, tmp_path):
     [
         ({"use_dora": False}, "a lora_magnitude_vector, and .* does not say use_dora"),
         ("0.self_attn.q_proj.lora_magnitude", "q_proj lacks its lora_magnitude"),
-        ("0.self_attn.q_proj.lora_", "layer 0 of layers.attention.query.kernel has no"),
     ],
 )
 def test_a_damaged_folder_of_dora_is_one_sentence(change, said, tmp_path):

@@ -49,9 +49,9 @@ def adapted(model, index):
     kind = find_kind(config.kind)
     factors = random_adapters(kind.specs(model.specs, config), seed=index)
     if kind.has_gains:  # Lengths that differ from those of the weights by a tenth.
-        lengths = {path: own["magnitude"] for path, own in factors.items()}
-        for path, own in kind.off(factors, params).items():
-            factors[path]["magnitude"] = own["magnitude"] * (1 + lengths[path])
+        start = kind.init(jax.random.key(0), model.specs, config, params)
+        for path, own in factors.items():
+            own["magnitude"] = start[path]["magnitude"] * (1 + own["magnitude"])
     return kind.adapt(params, factors, config)
 
 

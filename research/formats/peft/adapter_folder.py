@@ -19,7 +19,6 @@ from research.formats.fused_factors import Pair
 from research.formats.load_parameters import make_sharded
 from research.formats.peft.adapter_config import (
     CONFIG,
-    MERGED,
     TENSORS,
     LoraNumbers,
     read_numbers,
@@ -73,7 +72,6 @@ class AdapterFolder:
                 self._entries.setdefault((path, entry.layer), []).append(entry)
         self.ranks, self.scales = self._numbers_by_path(entries)
         self.adapter_kind = find_kind("dora" if self.numbers.dora else "lora")
-        self._require_lengths()
         if not self.ranks:
             raise UserError(
                 f"{self._file} holds zeros alone, so it changes nothing and has no "
@@ -128,11 +126,18 @@ class AdapterFolder:
         return a, b
 
     def lengths(self, path: str, index: tuple[int, ...] = ()) -> np.ndarray | None:
-        """Those of DoRA for one layer of a matrix, `[*out]`; None for LoRA."""
+        """Those of DoRA for one layer of a matrix, `[*out]`; None for LoRA.
+
+        They are zero where the layer has no adapter, and nowhere else.
+        """
         if not self.numbers.dora:
             return None
+        if (path, index) not in self._entries:
+            spec = self._specs[path]
+            return np.zeros(spec.shape[spec.stacked + spec.n_in :], np.float32)
         (entry,) = self._entries[path, index]
-        return self._tensors.lengths(entry)[path]
+        value = self._tensors.lengths(entry)[path]
+        return np.where(value == 0, np.finfo(np.float32).tiny, value)
 
     def factors(self, path: str) -> dict[str, np.ndarray]:
         """The factors of all layers of a matrix; see `layer` and `lengths`."""
@@ -169,16 +174,6 @@ class AdapterFolder:
             }
             for path, rank in self.ranks.items()
         } | self.whole.load(shardings)
-
-    def _require_lengths(self) -> None:
-        """Raises UserError: DoRA has no lengths for some layers of a matrix."""
-        for path in self.ranks if self.numbers.dora else ():
-            for index in self._layers(path):
-                if (path, index) not in self._entries:
-                    raise UserError(
-                        f"{self._file}: layer {index[0]} of {path} has no adapter of "
-                        f"DoRA, and others have: {MERGED}"
-                    )
 
     def _layers(self, path: str) -> list[tuple[int, ...]]:
         spec = self._specs[path]

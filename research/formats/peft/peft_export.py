@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -60,21 +60,21 @@ def plan_adapter(
     tied = fan_in_fan_out = False
     of_experts, dora = 0, bool(fetch_lengths)
 
-    def modules() -> Iterator[tuple[LoraModule, Pair]]:
-        return lora_tensors(architecture, specs, scales, fetch, beginning, dora)
+    def modules() -> Iterator[tuple[LoraModule, Pair, np.ndarray | None]]:
+        found = lora_tensors(architecture, specs, scales, fetch, beginning, dora)
+        return _with_lengths(found, fetch_lengths, specs)
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for module, pair in modules():
+        for module, pair, lengths in modules():
             yield from _named(module.name, module.ends, pair)
             if dora:
-                value = _lengths(module, fetch_lengths, specs)
-                yield f"{PREFIX}{module.name}{LENGTHS_END}", value
+                yield f"{PREFIX}{module.name}{LENGTHS_END}", lengths
             if architecture.tied_head and "embedding.table" in module.stored.paths:
                 # Older versions of PEFT do not know that one end is the other.
                 down, up = pair
                 yield from _named(head, LINEAR_ENDS, (up.T, down.T))
 
-    for module, (down, up) in modules():
+    for module, (down, up), _ in modules():
         rank = ranks[module.target] = len(down) // module.experts(specs)
         shapes |= _shapes(module.name, module.ends, down.shape, up.shape)
         shapes |= {f"{PREFIX}{module.name}{LENGTHS_END}": up.shape[:1]} if dora else {}
@@ -100,11 +100,23 @@ def plan_adapter(
     return AdapterPlan(config, shapes, tensors)
 
 
-def _lengths(
-    module: LoraModule, fetch: FetchLengths, specs: Mapping[str, Spec]
-) -> np.ndarray:
-    own = {path: fetch(path, module.index) for path in module.stored.paths}
-    return join_lengths(module.stored, own, specs)
+def _with_lengths(
+    modules: Iterable[tuple[LoraModule, Pair]],
+    fetch: FetchLengths | None,
+    specs: Mapping[str, Spec],
+) -> Iterator[tuple[LoraModule, Pair, np.ndarray | None]]:
+    """Each module with its lengths, None for LoRA; without those that have zeros alone.
+
+    Zeros stand for a layer without an adapter.
+    """
+    for module, pair in modules:
+        if fetch is None:
+            yield module, pair, None
+            continue
+        own = {path: fetch(path, module.index) for path in module.stored.paths}
+        lengths = join_lengths(module.stored, own, specs)
+        if lengths.any():
+            yield module, pair, lengths
 
 
 def _named(

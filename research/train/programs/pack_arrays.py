@@ -1,8 +1,8 @@
 """The numbers that runs of a pack do not share, as arrays.
 
-Adapters are padded with zeros to the largest rank, and with whole pairs of zeros where
-a run adapts fewer matrices. Zeros stay zero: the gradient of a column of A has the
-matching row of B as a factor, and the reverse, and an optimizer that works on each
+Adapters are padded with zeros to the largest rank, and are all zero where a run adapts
+fewer matrices. Zeros stay zero: they get no gradient (the one of a column of A has the
+matching row of B as a factor, and the reverse), and an optimizer that works on each
 element alone (`compatibility.PADDED_OPTIMIZERS`) makes no step from a zero gradient.
 """
 
@@ -57,7 +57,7 @@ def union(
     Kinds that train together compute the same where the arrays of another are zero.
 
     Raises:
-      UserError: a run has no adapters of its own kind, or they cannot be padded.
+      UserError: a run has no adapters of its own kind.
     """
     ranks = []
     for config in configs:  # Each kind judges its own ranks alone.

@@ -68,7 +68,9 @@ class AdapterKind(abc.ABC):
     """One kind of adapter. Instances hold no arrays.
 
     Throughout, `factors` are the arrays of one adapted path by name, and `adapters`
-    are the factors of all paths, float32.
+    are the factors of all paths, float32. Factors that are all zero change nothing
+    and get no gradient. They stand for a layer outside of `lora.layers`, and in a pack
+    for a matrix that a run does not adapt.
 
     Attributes:
       name: value of `config.lora.kind`.
@@ -81,7 +83,6 @@ class AdapterKind(abc.ABC):
       about_mean: its `inputs` are the directions of the variance, or else those of the
         mean square, in which the mean counts.
       of_trained_tokens: its `inputs` are those at trained tokens, or else at all.
-      pads_targets: in a pack, zeros stand for a matrix that a run does not adapt.
     """
 
     name: str
@@ -92,7 +93,6 @@ class AdapterKind(abc.ABC):
     has_gains: bool = False
     about_mean: bool = True
     of_trained_tokens: bool = False
-    pads_targets: bool = True
 
     # A kind defines these methods, each about one matrix.
 
@@ -137,16 +137,16 @@ class AdapterKind(abc.ABC):
         """
 
     @abc.abstractmethod
-    def off_matrix(self, factors: Factors, base: Matrix) -> Factors:
-        """Factors of the same shapes with which the adapted weight is `base`."""
-
-    @abc.abstractmethod
     def rank(self, factors: Mapping[str, Any]) -> int:
         """The rank of these factors (arrays or specs)."""
 
     @abc.abstractmethod
     def stack_axes(self, base: Any, factors: Mapping[str, Any]) -> int:
         """The number of stacking axes, from shapes alone."""
+
+    def off_matrix(self, factors: Factors) -> Factors:
+        """Factors of the same shapes that change nothing."""
+        return jax.tree.map(jnp.zeros_like, factors)
 
     def rank_fault(self, spec: Spec, rank: int) -> str:
         """Why `spec` can have no new adapter of this rank, and a remedy; or ""."""
@@ -341,27 +341,15 @@ class AdapterKind(abc.ABC):
             for path, leaf in params.items()
         }
 
-    def off(self, adapters: Adapters, base: Params) -> Adapters:
+    def off(self, adapters: Adapters) -> Adapters:
         """Adapters of the same shapes that change nothing."""
-        return {
-            path: self.off_matrix(factors, base[path])
-            for path, factors in adapters.items()
-        }
+        return {path: self.off_matrix(x) for path, x in adapters.items()}
 
     def union(
         self, specs: Mapping[str, Spec], ranks: Sequence[Mapping[str, int]]
     ) -> AdapterSpecs:
-        """Shapes that hold adapters of all `ranks`, the largest of each path.
-
-        Raises:
-          UserError: the paths differ, and adapters of this kind have no padding there.
-        """
+        """Shapes that hold adapters of all `ranks`, the largest of each path."""
         adapted = {path for own in ranks for path in own}
-        if not self.pads_targets and any(adapted - own.keys() for own in ranks):
-            raise UserError(
-                f"runs of kind {self.name!r} that train together have the same "
-                "config.lora.targets: a vector is trained for every matrix of the pack"
-            )
         return {
             path: self.matrix_specs(spec, max(own.get(path, 0) for own in ranks))
             for path, spec in specs.items()

@@ -54,13 +54,14 @@ def _is_layered(spec: Spec) -> bool:
 
 def in_layers(specs: dict[str, Spec], chosen: tuple[int, ...]) -> dict[str, Spec]:
     """`specs` of one matrix, which has an adapter in the `chosen` layers alone."""
-    if not all(map(_is_layered, specs.values())):
-        return specs
-    return {name: dataclasses.replace(x, layers=chosen) for name, x in specs.items()}
+    return {
+        name: dataclasses.replace(x, layers=chosen) if _is_layered(x) else x
+        for name, x in specs.items()
+    }
 
 
 def only_layers(value: Array, layers: Sequence[int]) -> Array:
-    """Zeros in the other layers: where both factors are, they get no gradient."""
+    """Zeros in the other layers, where no adapter is; see `AdapterKind`."""
     if not layers:
         return value
     kept = jnp.zeros(value.shape[0], bool).at[jnp.array(layers)].set(True)

@@ -21,6 +21,7 @@ from research.weights.representations.low_rank import LowRank
 from research.weights.representations.weight_decomposed import (
     NormedWeight,
     WeightDecomposed,
+    gain_of,
     output_norms,
 )
 
@@ -28,10 +29,12 @@ Array = jax.Array
 
 
 class DoRA(LoRA):
-    """Factors `a` and `b`, and the lengths `magnitude`, `[*stack, *out]`."""
+    """Factors `a` and `b`, and the lengths `magnitude`, `[*stack, *out]`.
+
+    A length of zero stands for an output that no adapter changes.
+    """
 
     name = "dora"
-    pads_targets = False
     is_exact = False  # Two programs may round a length in two ways.
     has_gains = True
 
@@ -69,11 +72,7 @@ class DoRA(LoRA):
         if not isinstance(base, NormedWeight):
             base = self.measure_matrix(base, factors, scale)
         inner = super().attach_matrix(base.base, factors, scale, key, rate)
-        return WeightDecomposed(inner, factors["magnitude"] / base.norm)
-
-    def off_matrix(self, factors: Factors, base: Matrix) -> Factors:
-        off = super().off_matrix(factors, base)
-        return off | {"magnitude": self._norms(base, off)}
+        return WeightDecomposed(inner, gain_of(factors["magnitude"], base.norm))
 
     def _norms(
         self, base: Matrix, factors: Factors, scale: Array | None = None

@@ -95,9 +95,6 @@ class LoRA(AdapterKind):
     ) -> Leaf:
         return LowRank(base, factors["a"], factors["b"], scale, key, rate)
 
-    def off_matrix(self, factors: Factors, base: Matrix) -> Factors:
-        return jax.tree.map(jnp.zeros_like, factors)
-
     def rank(self, factors: Mapping[str, Any]) -> int:
         return factors["a"].shape[-1]
 

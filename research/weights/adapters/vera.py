@@ -16,6 +16,7 @@ from research.weights.adapters.adapter_kind import (
     InputDirections,
     Settings,
 )
+from research.weights.adapters.chosen_layers import only_layers
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Leaf, Matrix
 from research.weights.representations.low_rank import LowRank
@@ -36,7 +37,6 @@ class VeRA(AdapterKind):
     """
 
     name = "vera"
-    pads_targets = False
 
     def matrix_specs(self, spec: Spec, rank: int) -> dict[str, Spec]:
         split, first = spec.stacked + spec.n_in, spec.stacked
@@ -86,10 +86,11 @@ class VeRA(AdapterKind):
         for path, factors in own.items():
             inputs, rank, outputs = self._sizes(factors)
             a, b = left[:inputs, :rank], right[:outputs, :rank].T
+            d = jnp.full(factors["lambda_d"].shape, START, jnp.float32)
             started[path] = {
                 "a0": a.reshape(factors["a0"].shape),
                 "b0": b.reshape(factors["b0"].shape),
-                "lambda_d": jnp.full(factors["lambda_d"].shape, START, jnp.float32),
+                "lambda_d": only_layers(d, factors["lambda_d"].layers),
                 "lambda_b": jnp.zeros(factors["lambda_b"].shape, jnp.float32),
             }
         return started
@@ -119,9 +120,6 @@ class VeRA(AdapterKind):
         d = jnp.expand_dims(d, range(first + 1, b.ndim))
         a = jnp.broadcast_to(a, (*stack, *a.shape))
         return LowRank(base, a, d * b * gain, scale, key, rate)
-
-    def off_matrix(self, factors: Factors, base: Matrix) -> Factors:
-        return factors | {"lambda_b": jnp.zeros_like(factors["lambda_b"])}
 
     def rank(self, factors: Mapping[str, Any]) -> int:
         return factors["lambda_d"].shape[-1]

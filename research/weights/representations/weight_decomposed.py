@@ -31,7 +31,7 @@ class WeightDecomposed(Leaf):
 
     Attributes:
       inner: the sum of the frozen weight and its update.
-      gain: `[*stack, *out]` float32, the trained length over that of `inner`.
+      gain: `[*stack, *out]` float32, see `gain_of`.
       flipped: whether the gain is one of inputs, as in a transposed matrix.
     """
 
@@ -128,6 +128,14 @@ def output_norms(weight: LowRank) -> Array:
 
     norms = over_stack(one, weight.scale.ndim)
     return norms((weight.base, weight.a, weight.b, weight.scale))
+
+
+def gain_of(length: Array, norm: Array) -> Array:
+    """The trained `length` over the `norm` that it has without; 1 for a zero.
+
+    A length of zero gets no gradient.
+    """
+    return jnp.where(length == 0, 1.0, length / norm)
 
 
 def times_gain(x: Array, gain: Array) -> Array:

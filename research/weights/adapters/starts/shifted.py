@@ -75,7 +75,7 @@ class ShiftedLoRA(LoRA):
         # As in PEFT, whose changed base has no dropout.
         return LowRank(LowRank(base, a0, b0, scale), a, b, scale, key, rate)
 
-    def off_matrix(self, factors: Factors, base: Matrix) -> Factors:
+    def off_matrix(self, factors: Factors) -> Factors:
         return factors | {"a": factors["a0"], "b": factors["b0"]}
 
     def update_rank(self, factors: Mapping[str, Any]) -> int:

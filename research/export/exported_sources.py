@@ -140,16 +140,7 @@ class _RunSource:
         )
         self._number = opened.step
         opened, self._note = over(self._base, opened)
-        return exported_model(
-            opened.folder,
-            opened.step,
-            opened.config,
-            opened.base,
-            opened.model,
-            opened.trainable,
-            opened.params,
-            opened.frozen,
-        )
+        return exported_model(opened)
 
     def rows(self, exported: ExportedModel) -> ProofRows:
         return find_rows(self.folder, exported.tokenizer)
@@ -204,16 +195,7 @@ class _AdapterSource:
             **base_facts(opened.config, opened.base),
             "system_prompt": "",
         }
-        return with_facts(
-            facts,
-            opened.base.tokenizer,
-            opened.config,
-            opened.base,
-            opened.model,
-            opened.trainable,
-            opened.params,
-            opened.frozen,
-        )
+        return with_facts(facts, opened.base.tokenizer, opened)
 
     def rows(self, exported: ExportedModel) -> ProofRows:
         return text_rows(exported.tokenizer, "a fixed text")

@@ -120,7 +120,9 @@ def make_abstract_step(
     objective = task_registry.make_objective(config, mesh)
     definition = make_step_definition(config, base, mesh, objective)
     # Which codes the base of another run has is not known here.
-    if tensors or config.model.quantize != KEEP or not config.model.init_from:
+    is_known = tensors or config.model.quantize != KEEP or not config.model.init_from
+    has_begun = config.run_dir and RunDir(config.run_dir).exists
+    if is_known and not has_begun:
         require_new_start(config, base, definition)
     split = definition.trainable
     frozen = meshes.abstract_arrays(split.frozen_specs, mesh, split.frozen_dtype)

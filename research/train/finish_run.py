@@ -27,6 +27,7 @@ from research.runs import display_files, metrics_file
 from research.runs.lineage.exported_model import exported_model
 from research.runs.lineage.exported_run import REPLACE, ModelOrigin, export_model
 from research.runs.lineage.proof_rows import find_rows
+from research.runs.reopen import ReopenedRun
 from research.tasks.model_answers import AnswerMeasure, ComparedAnswer
 from research.train import run_facts
 from research.train.metrics.held_out_answers import TUNED
@@ -49,16 +50,11 @@ def finish(run: TrainingRun, steps: int) -> None:
 def _export(run: TrainingRun, steps: int) -> None:
     definition, base, options = run.definition, run.base, ExportOptions()
     format = find_format("hf")
-    exported = exported_model(
-        run.folder,
-        steps,
-        run.config,
-        base,
-        definition.model,
-        definition.trainable,
-        run.state.params,
-        run.frozen,
-    )
+    opened = ReopenedRun(
+        run.folder, steps, run.config, base, definition.model, definition.mesh,
+        definition.trainable, run.state.params, run.frozen,
+    )  # fmt: skip
+    exported = exported_model(opened)
     card = format_card(
         run.folder,
         steps,

@@ -16,12 +16,9 @@ import jax.numpy as jnp
 from research.config.knob_groups import LoRAConfig, ModelConfig
 from research.core.errors import UserError, look_up
 from research.weights import parameter_paths
-from research.weights.adapters.adapter_kind import (
-    AdapterKind,
-    InputDirections,
-    with_own_patterns,
-)
+from research.weights.adapters.adapter_kind import AdapterKind, with_own_patterns
 from research.weights.adapters.adapter_registry import find_kind
+from research.weights.adapters.measured_inputs import InputDirections
 from research.weights.parameter_spec import Spec
 from research.weights.quantized.block_kind import BlockKind
 from research.weights.quantized.kept_codes import kept_specs

@@ -253,17 +253,7 @@ def run():
     folder = Path(os.environ.get("LLAMA_RUN", "runs/finetune_dolly"))
     if not (folder / "checkpoints").is_dir():
         pytest.skip(f"{folder} is missing: make finetune trains it")
-    opened = reopen(str(folder))
-    exported = exported_model(
-        opened.folder,
-        opened.step,
-        opened.config,
-        opened.base,
-        opened.model,
-        opened.trainable,
-        opened.params,
-        opened.frozen,
-    )
+    exported = exported_model(reopen(str(folder)))
     exact = Model(exported.model.architecture)
     return dataclasses.replace(exported, model=exact)
 

@@ -13,6 +13,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,11 @@ def write_adapter(tiny: Any, kind: str, folder: Path) -> None:
                for k, x in own.items()}
         for path, own in start.items()
     }  # fmt: skip
-    exported = with_facts(
-        FACTS, tiny_tokenizer(), config, None, tiny.model, split, trained, tiny.params
-    )
+    opened = types.SimpleNamespace(
+        config=config, base=None, model=tiny.model, trainable=split, params=trained,
+        frozen=tiny.params,
+    )  # fmt: skip
+    exported = with_facts(FACTS, tiny_tokenizer(), opened)
     folder.mkdir()
     FORMAT.write(exported, folder, ExportOptions())
     write_logits(tiny, exported.weights, folder)

@@ -20,6 +20,7 @@ from rich.console import Console
 from research.config.run_config import (
     Config,
     DataConfig,
+    LoRAConfig,
     MeshConfig,
     ModelConfig,
     TextConfig,
@@ -88,6 +89,17 @@ def test_the_lowered_program_is_that_of_training(folder, kind):
     state = train_step.jit_init(definition)(params)
     trained = train_step.jit_train_step(definition).lower(state, frozen, step.batch)
     assert compile_step.lower(step).as_text() == trained.as_text()
+
+
+def test_a_large_rank_is_refused_before_a_run_begins_alone(folder, tmp_path):
+    """As `research.train` does: older runs have such ranks, and resume."""
+    config = dataclasses.replace(tiny_config(folder), run_dir=str(tmp_path))
+    config = dataclasses.replace(config, lora=LoRAConfig(rank=65, targets=("query",)))
+    shape, target = open_architecture(str(folder)), parse_device("h100:8")
+    with pytest.raises(UserError, match=r"lora.rank is 65, and no update of a"):
+        planner.plan_estimate(config, shape, target)
+    (tmp_path / "config.json").write_text("{}")
+    assert planner.plan_estimate(config, shape, target).trained > 0
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from research.tasks.token_loss_and_metrics import CrossEntropy
 from research.train import doctor
 from research.train.step import optimizers, train_step
 from research.weights import trainable
-from research.weights.adapters.adapter_kind import InputDirections
+from research.weights.adapters.measured_inputs import InputDirections
 from research.weights.contraction import contract
 from research.weights.parameter_spec import Spec
 from research.weights.representations.lost_in_codes import LostInCodes

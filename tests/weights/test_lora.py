@@ -17,8 +17,9 @@ from research.core.errors import UserError
 from research.models.transformer import Model
 from research.weights import parameter_paths, trainable
 from research.weights.adapters import lora
-from research.weights.adapters.adapter_kind import InputDirections, with_own_patterns
+from research.weights.adapters.adapter_kind import with_own_patterns
 from research.weights.adapters.adapter_registry import find_kind
+from research.weights.adapters.measured_inputs import InputDirections
 from research.weights.representations.lost_in_codes import LostInCodes
 from research.weights.representations.low_rank import LowRank
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import weakref
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,18 @@ def test_a_direction_that_lost_nothing_starts_as_plain_lora():
     # Each pair of a column and a row gets a gradient.
     for a, b in zip(found["a"], found["b"], strict=True):
         assert (np.abs(a).max(0) + np.abs(b).max(1) > 1e-3).all()
+
+
+def test_a_fault_of_reading_is_no_absent_path(monkeypatch):
+    def read(definition, base, path, codes):
+        raise KeyError(f"{path} is not in the file")
+
+    monkeypatch.setattr(definition_from_config, "lost_in_codes", read)
+    definition = SimpleNamespace(trainable=SimpleNamespace(full=frozenset()))
+    lost = definition_from_config._LostByPath(definition, None, {"w": 0})
+    with pytest.raises(KeyError, match="w is not in the file"):
+        find_kind("loftq").init(jax.random.key(0), {"w": SPEC}, CONFIG, lost)
+    assert lost.get("v") is None
 
 
 def test_loftq_reads_one_path_at_a_time_and_the_plan_knows(tmp_path, monkeypatch):

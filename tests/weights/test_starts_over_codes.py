@@ -13,8 +13,8 @@ from research.config.run_config import LoRAConfig
 from research.core.errors import UserError
 from research.data.token_batch import Batch
 from research.train.step.input_directions import measure_directions
-from research.weights.adapters.adapter_kind import InputDirections
 from research.weights.adapters.adapter_registry import find_kind
+from research.weights.adapters.measured_inputs import InputDirections
 from research.weights.contraction import contract
 from research.weights.parameter_spec import Spec
 from research.weights.representations.lost_in_codes import LostInCodes

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from research.config.run_config import Config
 from research.core.local_paths import public_name
@@ -21,66 +21,60 @@ from research.weights.trainable import Trainable
 Params = dict[str, Any]
 
 
-def exported_model(
-    folder: RunDir,
-    step: int,
-    config: Config,
-    base: Base,
-    model: Model,
-    split: Trainable,
-    params: Params,
-    frozen: Params,
-) -> ExportedModel:
-    """The model for `export_run`; nothing is computed yet.
+class OpenedModel(Protocol):
+    """A model with trained parameters; the attributes are those of `ReopenedRun`."""
 
-    Args:
-      folder: of the run.
-      step: the updates that `params` hold.
-      config: of the run.
-      base: that its training began with.
-      model: the decoder on its mesh.
-      split: into trained and frozen parameters.
-      params, frozen: as `split` describes them.
-    """
+    config: Config
+    base: Base
+    model: Model
+    trainable: Trainable
+    params: Params
+    frozen: Params
+
+
+class OpenedStep(OpenedModel, Protocol):
+    """That of a run at a step."""
+
+    folder: RunDir
+    step: int
+
+
+def exported_model(opened: OpenedStep) -> ExportedModel:
+    """The model of a run for `export_run`; nothing is computed yet."""
+    config, folder = opened.config, opened.folder
     system = read_system(folder.path, config.data.system)
     facts = {
         "run": folder.origin().get(RUN, ""),
-        "step": str(step),
-        **base_facts(config, base),
+        "step": str(opened.step),
+        **base_facts(config, opened.base),
         "data_sha256": folder.identity().get("data", ""),
         "prompt_template": config.data.template,
         "system_prompt": system,
     }
-    tokenizer = task_registry.exported_tokenizer(config, base, system)
-    return with_facts(facts, tokenizer, config, base, model, split, params, frozen)
+    tokenizer = task_registry.exported_tokenizer(config, opened.base, system)
+    return with_facts(facts, tokenizer, opened)
 
 
 def with_facts(
-    facts: Mapping[str, str],
-    tokenizer: Tokenizer,
-    config: Config,
-    base: Base,
-    model: Model,
-    split: Trainable,
-    params: Params,
-    frozen: Params,
+    facts: Mapping[str, str], tokenizer: Tokenizer, opened: OpenedModel
 ) -> ExportedModel:
     """A model that may belong to no run; nothing is computed yet.
 
-    `facts` and `tokenizer` travel in the files; see `exported_model` for the others.
+    `facts` and `tokenizer` travel in the files.
     """
-    weights = split.forward(params, frozen, None)
-    kind, adapters = _adapters(config, model, split, params, weights)
+    split, frozen = opened.trainable, opened.frozen
+    weights = split.forward(opened.params, frozen, None)
+    kind, adapters = _adapters(opened, weights)
     shown = {path: {"rank": x.rank, "alpha": x.alpha} for path, x in adapters.items()}
     return ExportedModel(
-        model=model,
+        model=opened.model,
         weights=weights,
         tokenizer=tokenizer,
         adapters=adapters,
         adapter_kind=kind,
         full=split.full,
         base_weights=frozen,
-        base=base,
+        base=opened.base,
         facts={**facts, "adapters": json.dumps(shown)},
     )
 
@@ -101,16 +95,17 @@ def base_name(config: Config) -> str:
 
 
 def _adapters(
-    config: Config, model: Model, split: Trainable, params: Params, weights: Params
+    opened: OpenedModel, weights: Params
 ) -> tuple[str, Mapping[str, ExportedAdapter]]:
     """The kind of the adapters, and those of each path.
 
     Every kind whose leaf is a low-rank update is `lora` to other tools.
     """
+    split = opened.trainable
     if split.kind is None:
         return "", {}
-    own = split.adapters(params)
-    lora = with_own_patterns(config.lora, model.specs)
+    own = split.adapters(opened.params)
+    lora = with_own_patterns(opened.config.lora, opened.model.specs)
     scales = split.kind.settings(split.kind.ranks(own), lora).scales
     kind, found = split.kind.name, {}
     for path, factors in own.items():

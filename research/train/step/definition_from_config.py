@@ -162,6 +162,15 @@ class _LostByPath(Mapping[str, Any]):
             return codes
         return lost_in_codes(self._definition, self._base, path, codes)
 
+    def __contains__(self, path: object) -> bool:
+        return path in self._frozen
+
+    def get(self, path: str, default: Any = None) -> Any:
+        """That of `Mapping` takes a KeyError of a file for a path that is not there."""
+        if path not in self:
+            return default
+        return self[path]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._frozen)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from research.core.errors import UserError
 from research.data.token_batch import Batch
 from research.train.step.train_step import StepDefinition
-from research.weights.adapters.adapter_kind import InputDirections
+from research.weights.adapters.measured_inputs import InputDirections
 from research.weights.parameter_spec import Spec
 from research.weights.representations.observed_inputs import InputSums, ObservedInputs
 

@@ -22,6 +22,11 @@ from research.weights.adapters.chosen_layers import (
     in_layers,
     only_layers,
 )
+from research.weights.adapters.measured_inputs import (
+    InputDirections,
+    input_fault,
+    require_inputs,
+)
 from research.weights.contraction import materialize
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Leaf, Matrix
@@ -48,20 +53,6 @@ class Settings:
     scales: dict[str, Array | float]
     streams: dict[str, Array | int]
     dropout: Array | float
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class InputDirections:
-    """The directions in which the inputs of one parameter's matrices vary most.
-
-    Attributes:
-      directions: `[*stack, in, k]`, columns of length 1, the largest variance first.
-      shares: `[*stack, k]`, of the variance (or mean square) that each explains.
-    """
-
-    directions: Array
-    shares: Array
 
 
 class AdapterKind(abc.ABC):
@@ -227,6 +218,8 @@ class AdapterKind(abc.ABC):
                 )
             rank = self.room(rank, config)
             fault = self.rank_fault(matrices[path], rank)
+            if self.reads_inputs:
+                fault = input_fault(self.name, matrices[path]) or fault
             # An adapter of another tool is used as it is.
             if fault and not config.init_from:
                 raise UserError(f"{path} cannot have this adapter: {fault}")
@@ -246,8 +239,13 @@ class AdapterKind(abc.ABC):
 
         `specs` are those of the model's parameters. `base` has their values, for kinds
         that start from them, and `inputs` those of their inputs.
+
+        Raises:
+          UserError: the inputs of a matrix have not been measured.
         """
         own = self.specs(specs, config)
+        if self.reads_inputs:
+            require_inputs(self.name, own, inputs)
         scales = self.settings(self.ranks(own), config).scales
         started = {}
         for index, (path, factors) in enumerate(own.items()):

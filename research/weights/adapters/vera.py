@@ -13,10 +13,10 @@ from research.weights.adapters.adapter_kind import (
     AdapterKind,
     Adapters,
     Factors,
-    InputDirections,
     Settings,
 )
 from research.weights.adapters.chosen_layers import only_layers
+from research.weights.adapters.measured_inputs import InputDirections
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Leaf, Matrix
 from research.weights.representations.low_rank import LowRank

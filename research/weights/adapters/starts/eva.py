@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from research.config.knob_groups import LoRAConfig
-from research.core.errors import UserError
 from research.weights import parameter_paths
 from research.weights.adapters.adapter_kind import (
     Adapters,
     AdapterSpecs,
-    InputDirections,
     Settings,
 )
 from research.weights.adapters.lora import LoRA
+from research.weights.adapters.measured_inputs import InputDirections, require_inputs
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Matrix
 
@@ -40,16 +39,6 @@ class EVA(LoRA):
         return round(rank * config.eva_rho)
 
     def rank_fault(self, spec: Spec, rank: int) -> str:
-        if "vocab" in spec.axes:
-            return (
-                "eva starts at the inputs of layers: drop tables and heads from "
-                "config.lora.targets, or choose another config.lora.kind"
-            )
-        if spec.stacked > 1:
-            return (
-                "eva has no start for experts, each of which sees other tokens: drop "
-                "them from config.lora.targets, or choose another config.lora.kind"
-            )
         inputs = spec.as_matrix.shape[-2]
         if rank > inputs:
             return (
@@ -79,12 +68,7 @@ class EVA(LoRA):
           UserError: the inputs of a matrix have not been measured.
         """
         own = self.specs(specs, config)
-        if missing := [path for path in own if path not in inputs]:
-            raise UserError(
-                f"adapters of kind 'eva' start from the inputs of {missing[0]} in the "
-                "run's own first batches, and there are none: train with data, or "
-                "choose another config.lora.kind"
-            )
+        require_inputs(self.name, own, inputs)
         kept = _hand_out(own, self._budget(own, config), inputs)
         started = {}
         for path, factors in own.items():

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from research.config.knob_groups import LoRAConfig
-from research.weights.adapters.adapter_kind import Adapters, InputDirections
+from research.weights.adapters.adapter_kind import Adapters
+from research.weights.adapters.measured_inputs import InputDirections
 from research.weights.adapters.starts.shifted import ShiftedLoRA
 from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Matrix

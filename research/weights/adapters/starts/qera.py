@@ -1,21 +1,14 @@
 """QERA: LoRA that starts at the part of what codes have lost that inputs meet most."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from research.config.knob_groups import LoRAConfig
-from research.core.errors import UserError
-from research.weights.adapters.adapter_kind import (
-    Adapters,
-    InputDirections,
-)
+from research.weights.adapters.measured_inputs import InputDirections
 from research.weights.adapters.starts.loftq import LoftQ
 from research.weights.adapters.starts.pissa import fast_svd
-from research.weights.parameter_spec import Spec
 from research.weights.representations.leaf import Matrix
 from research.weights.representations.lost_in_codes import LostInCodes
 
@@ -50,41 +43,6 @@ class QERA(LoftQ):
 
     def directions(self, rank: int) -> int:
         return PER_RANK * rank
-
-    def rank_fault(self, spec: Spec, rank: int) -> str:
-        if "vocab" in spec.axes:
-            return (
-                "qera starts at the inputs of layers: drop tables and heads from "
-                "config.lora.targets, or choose another config.lora.kind"
-            )
-        if spec.stacked > 1:
-            return (
-                "qera has no start for experts, each of which sees other tokens: drop "
-                "them from config.lora.targets, or choose another config.lora.kind"
-            )
-        return super().rank_fault(spec, rank)
-
-    def init(
-        self,
-        key: Array,
-        specs: Mapping[str, Spec],
-        config: LoRAConfig,
-        base: Mapping[str, Matrix] = MappingProxyType({}),
-        inputs: Mapping[str, InputDirections] = MappingProxyType({}),
-    ) -> Adapters:
-        """All adapters at their start; `base` has a `LostInCodes` for each path.
-
-        Raises:
-          UserError: the inputs of a matrix have not been measured.
-        """
-        own = self.specs(specs, config)
-        if missing := [path for path in own if path not in inputs]:
-            raise UserError(
-                f"adapters of kind 'qera' start from the inputs of {missing[0]} in the "
-                "run's own first batches, and there are none: train with data, or "
-                "choose another config.lora.kind"
-            )
-        return super().init(key, specs, config, base, inputs)
 
     def source(
         self,

@@ -4,8 +4,9 @@ Everything here works on a list of runs. How they share the devices is the progr
 matter: `SingleRunProgram` or `PackProgram`.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,7 @@ class _TrainingPass:
                     requests=requests,
                     phases=self._phases,
                     ends=self._ends,
+                    beside=self._beside,
                 )
                 with self._phases.during("save"):
                     self._save_last(done, state)
@@ -183,6 +185,25 @@ class _TrainingPass:
                 for log in self._logs:
                     log.close()
         return done
+
+    @property
+    def _keep(self) -> Callable[[Any], Any] | None:
+        """Copies what is evaluated before any update, where that is small: adapters.
+
+        A second copy of all parameters might find no room. And rows that a later start
+        finds to be new may end the run before a step.
+        """
+        if self._first:
+            return None
+        few = all(run.definition.trainable.frozen_specs for run in self._runs)
+        return train_step.keep_params if few else None
+
+    @contextlib.contextmanager
+    def _beside(self, metrics: train_step.Metrics) -> Iterator[None]:
+        """Waits for the step that gives `metrics`, and stops the clock."""
+        jax.block_until_ready(metrics)
+        with self._clock.stopped():
+            yield
 
     def _ends(self, step: int) -> bool:
         """Whether the losses end the run at `step`; runs that share a pack have all
@@ -205,8 +226,14 @@ class _TrainingPass:
         batches = held_out_batches(self._runs, self._program.to_devices)
         if batches:
             at_start = not self._first or self._has_new_data
-            evaluation = self._evaluation(batches)
-            actions += [action("evaluate", eval_every, evaluation, at_start)]
+            evaluate = action(
+                "evaluate",
+                eval_every,
+                self._evaluation(batches),
+                at_start,
+                keep=self._keep,
+            )
+            actions += [evaluate]
         if answers_every and any(run.answers.metrics for run in self._runs):
             at_start = not self._first
             actions += [action("evaluate", answers_every, self._answer, at_start)]

@@ -3,8 +3,13 @@
 The order is fixed: evaluate and save, then pull data, then dispatch the step, then log
 the step before it. So the data position in a checkpoint never counts a batch that was
 pulled but not trained, and the devices never wait for a log to be written.
+
+There is one exception: an action at the start may keep a copy of the state that it
+needs, and then the first step is dispatched before it. So a first step that fails does
+so at once, and not after a long evaluation.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
@@ -39,6 +44,9 @@ class Action:
       at_start: also runs before the first step of this start.
       wanted: called with the step; whether it runs there, too. Its answer may not
         depend on what is done at that step.
+      keep: copies what `run` needs of a state. Where it is given, the action at the
+        start runs on the copy, after the first step is dispatched. Its result must not
+        decide whether that step is taken.
     """
 
     phase: str
@@ -48,6 +56,7 @@ class Action:
     request: str = ""
     settle: Callable[[], None] = lambda: None
     wanted: Callable[[int], bool] = lambda step: False
+    keep: Callable[[State], State] | None = None
 
     def is_due(
         self, step: int, first: int, is_last: bool, requested: Collection[str] = ()
@@ -74,6 +83,9 @@ def run(
     requests: RequestListener,
     phases: PhaseTimer,
     ends: Callable[[int], bool] = lambda step: False,
+    beside: Callable[[Any], contextlib.AbstractContextManager[Any]] = (
+        contextlib.nullcontext
+    ),
 ) -> tuple[State, int]:
     """Trains from step `first` to `total`, or until `stop` is due.
 
@@ -86,6 +98,8 @@ def run(
       stop, requests: both are polled before every step.
       phases: counts the time of each part.
       ends: whether a step is the last one; an evaluation at this step may decide it.
+      beside: called with the metrics of the first step. Its context waits for that
+        step, and the time in it does not count as step time.
 
     Returns:
       The state and the number of updates it holds.
@@ -95,13 +109,18 @@ def run(
     for step in range(first, total + 1):
         requested = requests.agreed()
         ending, due = stop.is_due() or STOP in requested, []
+        put_off: list[tuple[Action, State]] = []
         for action in actions:
             is_last = step == total or ends(step)
-            if action.is_due(step, first, is_last, requested):
-                later()
-                with phases.during(action.phase):
-                    action.run(step, state)
-                due.append(action)
+            if not action.is_due(step, first, is_last, requested):
+                continue
+            if action.keep and step == first and not (ending or is_last):
+                put_off.append((action, action.keep(state)))
+                continue
+            later()
+            with phases.during(action.phase):
+                action.run(step, state)
+            due.append(action)
         if ending or step == total or ends(step):
             later()
             break  # The caller answers once the last save is on disk.
@@ -118,6 +137,11 @@ def run(
             break
         state, metrics = step_fn(state, batch)
         phases.enter("step")
+        if put_off:
+            with beside(metrics):
+                for action, kept in put_off:
+                    with phases.during(action.phase):
+                        action.run(step, kept)
         later(step + 1, batches.number, metrics)
     return state, step
 

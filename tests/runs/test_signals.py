@@ -40,12 +40,12 @@ def hanging(self, numbers, rows_of, *rest):
 batch_order.OrderedBatches.__init__ = hanging
 """
 
-# When the signal comes. A first step is compiled after the evaluation and the batch;
+# When the signal comes. A first step is compiled after the first batch has come;
 # the second evaluation is the first one between steps. `data` never comes to anybody;
 # `late` it comes to the first of two processes, when the other has begun the step.
 MOMENTS = {
     "start": "",
-    "compile": "phase compile 3",
+    "compile": "phase compile 2",
     "data": "phase data 5",
     "late": "phase data 5",
     "step": "phase step 5",

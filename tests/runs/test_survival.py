@@ -34,7 +34,7 @@ def terminated(place, results):
     results("unbroken")
     flags = ("--config=config.py", "--config.run_dir=runs/terminated", *OFTEN)
     compiling = place.start("train", *flags, program=SAYS_PHASES)
-    compiling.wait_for("phase compile 3")
+    compiling.wait_for("phase compile 2")
     compiling.send(signal.SIGTERM)
     compiling = compiling.finish()
     saving = place.start("train", *flags, program=SLOW_DISK)

@@ -1,11 +1,14 @@
 """The actions between steps: with and without held-out rows."""
 
+import contextlib
 import types
 
 import pytest
 
 from research.config.run_config import CheckpointConfig, Config, EvalConfig
-from research.train import fit_runs
+from research.runs.phase_timer import PhaseTimer
+from research.train import fit_runs, training_loop
+from research.train.metrics import throughput
 
 
 @pytest.mark.parametrize("every, expected", [(0, 30), (4, 4)])
@@ -52,3 +55,64 @@ def test_steps_are_saved_for_the_best_when_that_is_measured(
     ]  # fmt: skip
     judged.metrics = {}  # No row can be judged.
     assert ("evaluate", 5) not in {(x.phase, x.every) for x in one_pass._actions()}
+
+
+def events_of(*, first=0, total=2, ending=False):
+    """What the loop does, in order, with an action that keeps what it needs."""
+    events = []
+
+    def update(state, batch):
+        events.append(f"step from {state}")
+        return state + 1, f"metrics of {state + 1}"
+
+    @contextlib.contextmanager
+    def beside(metrics):
+        events.append(f"waits for {metrics}")
+        yield
+
+    training_loop.run(
+        state=first,
+        first=first,
+        total=total,
+        batches=type("Feed", (), {"number": 0, "__next__": lambda _: "batch"})(),
+        step_fn=update,
+        actions=[
+            training_loop.Action(
+                "evaluate",
+                100,
+                lambda step, state: events.append(f"evaluates {state} at {step}"),
+                at_start=True,
+                keep=lambda state: f"kept {state}",
+            )
+        ],
+        log=lambda step, *_: events.append(f"logs {step}"),
+        resume_clock=lambda: None,
+        stop=types.SimpleNamespace(is_due=lambda: ending),
+        requests=types.SimpleNamespace(agreed=frozenset, answer=None),
+        phases=PhaseTimer(),
+        beside=beside,
+    )
+    return events
+
+
+def test_the_first_step_goes_before_what_keeps_the_state_at_the_start():
+    assert events_of() == [
+        "step from 0", "waits for metrics of 1", "evaluates kept 0 at 0",
+        "step from 1", "logs 1", "logs 2", "evaluates 2 at 2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("without", [{"ending": True}, {"first": 2}])
+def test_an_action_at_the_start_runs_at_once_where_no_step_follows(without):
+    first = without.get("first", 0)
+    assert events_of(**without) == [f"evaluates {first} at {first}"]
+
+
+def test_time_while_the_clock_is_stopped_is_no_part_of_a_step(monkeypatch):
+    now = iter([0.0, 3.0, 10.0, 14.0])
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(now))
+    clock = throughput.Clock()
+    with clock.stopped():
+        pass
+    clock.tick()
+    assert (clock.last, clock.elapsed) == (7.0, 7.0)

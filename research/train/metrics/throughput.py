@@ -1,8 +1,9 @@
 """How fast a run trains: the FLOPs of a step and the clock of its steps."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from research.models.architecture import Architecture
@@ -99,6 +100,15 @@ class Clock:
     def resume(self) -> None:
         """Starts the next step now: the time since the last tick was no step."""
         self._mark = time.perf_counter()
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The time in this context is no part of a step."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._mark += time.perf_counter() - begun
 
     def tick(self) -> None:
         """Counts the time since the last tick as a step."""

@@ -209,6 +209,16 @@ def init_state(definition: StepDefinition, params: Params) -> TrainState:
     )
 
 
+def keep_params(state: TrainState) -> TrainState:
+    """A copy of the step and the trained parameters alone, which no step donates."""
+    kept = state.step, state.params
+    where = jax.tree.map(lambda x: x.sharding, kept)
+    step, params = jax.jit(
+        lambda kept: jax.tree.map(jnp.copy, kept), out_shardings=where
+    )(kept)
+    return TrainState(step, params, None)
+
+
 def abstract_params(definition: StepDefinition) -> Params:
     """Shapes of what is trained, each with its sharding."""
     trainable = definition.trainable

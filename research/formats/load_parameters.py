@@ -286,7 +286,10 @@ class ShardedFill:
             if _is_within(index, bounds):
                 outer, inner = bounds[: len(index)], bounds[len(index) :]
                 place = tuple(i - b[0] for i, b in zip(index, outer, strict=True))
-                buffer[place] = value[tuple(slice(*b) for b in inner)]
+                part = value[tuple(slice(*b) for b in inner)]
+                # Cast first: that is fast in the order of the memory, and an assignment
+                # to a transposed matrix is slow.
+                buffer[place] = part.astype(buffer.dtype, copy=False)
 
     def finish(self) -> Array:
         """The array. A buffer goes as soon as its devices have it."""

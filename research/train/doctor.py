@@ -280,15 +280,22 @@ def _compare_outputs(
         return outputs(definition.trainable.forward(adapters, frozen, None))
 
     found, base = adapted(params), outputs(frozen)
-    off = definition.trainable.off(params, frozen)
-    without = adapted(off)
-    differing = int(jnp.sum(found != without))
+    without = adapted(definition.trainable.off(params, frozen))
+    differing, moved, distance = _distances(found, without, base)
+    return int(differing), float(moved), float(distance)
+
+
+@jax.jit  # One program: as many as there are operations would each take a moment.
+def _distances(
+    found: jax.Array, without: jax.Array, base: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    differing = jnp.sum(found != without)
     return differing, _distance(found, without), _distance(without, base)
 
 
-def _distance(x: jax.Array, origin: jax.Array) -> float:
+def _distance(x: jax.Array, origin: jax.Array) -> jax.Array:
     x, origin = x.astype(jnp.float32), origin.astype(jnp.float32)
-    return float(jnp.linalg.norm(x - origin) / jnp.linalg.norm(origin))
+    return jnp.linalg.norm(x - origin) / jnp.linalg.norm(origin)
 
 
 class UnhealthyError(UserError):

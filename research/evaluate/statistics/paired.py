@@ -6,7 +6,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special
 
 from research.evaluate.statistics import resampling
 from research.evaluate.statistics.measured import Floats, Measured
@@ -222,6 +221,8 @@ def _rows_needed(effect: float | None, rows_per_cluster: float) -> int:
     doi 10.2307/2683298), and at least as many as the permutation test needs to reach
     5 % at all.
     """
+    from scipy import special  # Late: no training waits for it before its first step.
+
     least = math.ceil(1 - math.log2(ALPHA))
     tail = float(special.ndtri(1 - ALPHA / 2))
     reach = tail + float(special.ndtri(POWER))

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from scipy import special
 
 from research.evaluate.statistics.measured import Floats
 
@@ -51,6 +50,8 @@ def bootstrap(
     bootstrap of few clusters is too narrow (Hesterberg 2015, section 5.3, doi
     10.1080/00031305.2015.1089789). None for fewer than two clusters.
     """
+    from scipy import special  # Late: no training waits for it before its first step.
+
     count = len(sums)
     if count < 2:
         return None

@@ -20,6 +20,7 @@ from research.runs.control.request_listener import RequestListener
 from research.runs.phase_timer import PhaseTimer
 
 State = Any
+Beside = Callable[[Any], contextlib.AbstractContextManager[Any]]
 
 
 class NumberedBatches(Protocol):
@@ -83,9 +84,7 @@ def run(
     requests: RequestListener,
     phases: PhaseTimer,
     ends: Callable[[int], bool] = lambda step: False,
-    beside: Callable[[Any], contextlib.AbstractContextManager[Any]] = (
-        contextlib.nullcontext
-    ),
+    beside: Beside = contextlib.nullcontext,
 ) -> tuple[State, int]:
     """Trains from step `first` to `total`, or until `stop` is due.
 
@@ -105,23 +104,17 @@ def run(
       The state and the number of updates it holds.
     """
     later = _DelayedLog(log)
+    acts = _Acts(actions, first, phases, later, beside)
+
+    def is_last(step: int) -> bool:
+        return step == total or ends(step)
+
     phases.enter("compile")
     for step in range(first, total + 1):
         requested = requests.agreed()
-        ending, due = stop.is_due() or STOP in requested, []
-        put_off: list[tuple[Action, State]] = []
-        for action in actions:
-            is_last = step == total or ends(step)
-            if not action.is_due(step, first, is_last, requested):
-                continue
-            if action.keep and step == first and not (ending or is_last):
-                put_off.append((action, action.keep(state)))
-                continue
-            later()
-            with phases.during(action.phase):
-                action.run(step, state)
-            due.append(action)
-        if ending or step == total or ends(step):
+        ending = stop.is_due() or STOP in requested
+        due = acts.run(step, state, is_last, requested, ending)
+        if ending or is_last(step):
             later()
             break  # The caller answers once the last save is on disk.
         if requested:
@@ -137,13 +130,57 @@ def run(
             break
         state, metrics = step_fn(state, batch)
         phases.enter("step")
-        if put_off:
-            with beside(metrics):
-                for action, kept in put_off:
-                    with phases.during(action.phase):
-                        action.run(step, kept)
+        acts.run_put_off(step, metrics)
         later(step + 1, batches.number, metrics)
     return state, step
+
+
+class _Acts:
+    """Runs the actions that are due, and puts off those that keep the first state."""
+
+    def __init__(
+        self,
+        actions: Sequence[Action],
+        first: int,
+        phases: PhaseTimer,
+        later: "_DelayedLog",
+        beside: Beside,
+    ):
+        self._actions, self._first, self._phases = actions, first, phases
+        self._later, self._beside = later, beside
+        self._put_off: list[tuple[Action, State]] = []
+
+    def run(
+        self,
+        step: int,
+        state: State,
+        is_last: Callable[[int], bool],
+        requested: Collection[str],
+        ending: bool,
+    ) -> list[Action]:
+        """Returns those that ran; one of them may decide that the step is the last."""
+        ran = []
+        for action in self._actions:
+            last = is_last(step)
+            if not action.is_due(step, self._first, last, requested):
+                continue
+            if action.keep and step == self._first and not (ending or last):
+                self._put_off.append((action, action.keep(state)))
+                continue
+            self._later()
+            with self._phases.during(action.phase):
+                action.run(step, state)
+            ran.append(action)
+        return ran
+
+    def run_put_off(self, step: int, metrics: Any) -> None:
+        """Runs those that were put off, once the step that gives `metrics` is made."""
+        if self._put_off:
+            with self._beside(metrics):
+                for action, kept in self._put_off:
+                    with self._phases.during(action.phase):
+                        action.run(step, kept)
+            self._put_off.clear()
 
 
 class _DelayedLog:

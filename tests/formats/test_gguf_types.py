@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from research.core.errors import UserError
+from research.formats.gguf import gguf_file
+from research.formats.gguf.block_layouts import LAYOUTS
 from research.formats.gguf.tensor_types import (
     TYPES,
     stored_bytes,
@@ -70,3 +72,18 @@ def test_a_number_that_does_not_fit_is_named(value, wanted, said):
     tensor = np.full((1, 32), value, np.float32)
     with pytest.raises(UserError, match=f"blk.1.x.weight holds .*{said}"):
         to_type("blk.1.x.weight", tensor, gguf.GGMLQuantizationType[wanted])
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, "F32", "F16", "BF16"])
+@pytest.mark.parametrize("rows", [1, 37, 64])
+def test_blocks_that_are_regrouped_give_the_numbers_of_the_library(
+    name, rows, monkeypatch
+):
+    kind = gguf.GGMLQuantizationType[name]
+    _, size = gguf.GGML_QUANT_SIZES[kind]
+    stored = np.random.RandomState(3).randint(0, 128, (rows, 3 * size), np.uint8)
+    monkeypatch.setattr(gguf_file, "AT_ONCE", 4096)  # So the last group is a part.
+    found = gguf_file._dequantize(stored, kind)
+    expected = gguf.dequantize(stored, kind)
+    assert found.dtype == np.float32
+    assert found.tobytes() == expected.astype(np.float32).tobytes()

@@ -58,7 +58,7 @@ def test_steps_are_saved_for_the_best_when_that_is_measured(
 
 
 def events_of(*, first=0, total=2, ending=False):
-    """What the loop does, in order, with an action that keeps what it needs."""
+    """The acts of the loop, in order, with an action that keeps what it needs."""
     events = []
 
     def update(state, batch):

@@ -110,8 +110,6 @@ class GGUFFile:
         return value
 
     def read_rows(self, name: str, rows: slice) -> np.ndarray:
-        import gguf
-
         tensor = self._tensors[name]
         stored, kind = tensor.data[rows], tensor.tensor_type
         if stored.ndim > 1 and kind.name in HALVES:  # As exact, and half as large.

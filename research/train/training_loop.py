@@ -105,10 +105,7 @@ def run(
     """
     later = _DelayedLog(log)
     acts = _Acts(actions, first, phases, later, beside)
-
-    def is_last(step: int) -> bool:
-        return step == total or ends(step)
-
+    is_last = lambda step: step == total or ends(step)  # noqa: E731
     phases.enter("compile")
     for step in range(first, total + 1):
         requested = requests.agreed()

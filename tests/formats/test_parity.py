@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from exported_models import tiny_export, tiny_rows, with_adapters
 from free_ports import free_port
-from helpers import TINY, in_soak, mesh_sizes
+from helpers import TINY, close, in_soak, mesh_sizes, random_adapters
 from switch_models import NAMES, SWITCHES
 
 from research.config.choices import EXPORT_FORMATS
@@ -32,12 +32,16 @@ from research.formats.proof.stored_numbers import (
     half_step,
     rounded,
 )
-from research.formats.proof.weight_parity import compare_numbers
+from research.formats.proof.weight_parity import compare_numbers, vocabulary_rows
 from research.models.architecture import Experts
 from research.models.families.family_registry import from_hf_config, to_hf_config
 from research.models.transformer import Model, Options
 from research.parallel import mesh as meshes
+from research.weights.adapters.adapter_registry import find_kind
+from research.weights.contraction import materialize
+from research.weights.parameter_spec import Spec
 from research.weights.representations.low_rank import LowRank
+from research.weights.representations.weight_decomposed import WeightDecomposed
 
 QUERY = "layers.attention.query.kernel"
 
@@ -341,3 +345,19 @@ def test_two_processes_export_a_model_that_neither_holds(tmp_path):
     first, second = ([x for x in text.splitlines() if "ids" in x] for text in said)
     assert first == second and len(first) == len(EXPORT_FORMATS)
     assert {x.name for x in tmp_path.iterdir()} == {"base", *EXPORT_FORMATS}
+
+
+@pytest.mark.parametrize("is_head", [False, True])
+def test_a_row_of_dora_knows_what_it_is_a_sum_of(is_head):
+    """Rows of the vocabulary are compared by themselves, in both ends of a model."""
+    rng, kind = np.random.default_rng(0), find_kind("dora")
+    axes = ("embed", "vocab") if is_head else ("vocab", "embed")
+    spec = Spec(tuple({"embed": 6, "vocab": 9}[axis] for axis in axes), axes)
+    base = {"w": jnp.float32(rng.normal(size=spec.shape))}
+    factors = random_adapters({"w": kind.matrix_specs(spec, 2)})
+    settings = kind.settings({"w": 2}, LoRAConfig(rank=2, targets=("w",)))
+    leaf, ids = kind.attach(base, factors, settings)["w"], jnp.array([7, 2])
+    rows = vocabulary_rows(leaf, ids, is_head)
+    assert isinstance(rows, WeightDecomposed) and rows.shape == (2, 6)
+    whole = materialize(leaf)
+    close(materialize(rows), (whole.T if is_head else whole)[ids])

@@ -17,6 +17,7 @@ from research.formats.proof.stored_numbers import (
 from research.weights.contraction import lookup, materialize, transpose
 from research.weights.representations.leaf import Leaf, Matrix
 from research.weights.representations.low_rank import LowRank
+from research.weights.representations.weight_decomposed import WeightDecomposed
 
 Array = jax.Array
 # A sum in another order: so many units in the last place of the sum of magnitudes.
@@ -38,6 +39,9 @@ def vocabulary_rows(leaf: Matrix, ids: Array, is_head: bool) -> Matrix:
 
 
 def _rows(leaf: Matrix, ids: Array) -> Matrix:
+    if isinstance(leaf, WeightDecomposed):
+        gain = leaf.gain[ids] if leaf.flipped else leaf.gain
+        return dataclasses.replace(leaf, inner=_rows(leaf.inner, ids), gain=gain)
     if not isinstance(leaf, LowRank):
         return lookup(leaf, ids, jnp.float32)
     a = lookup(leaf.a, ids, jnp.float32)

@@ -114,11 +114,12 @@ class VeRA(AdapterKind):
         rate: Array | None,
     ) -> Leaf:
         a, b = jax.lax.stop_gradient((factors["a0"], factors["b0"]))
-        first, stack = scale.ndim, scale.shape
+        first = scale.ndim
         d, gain = factors["lambda_d"], jnp.expand_dims(factors["lambda_b"], first)
-        b = jnp.expand_dims(b, range(first))
+        a, b = (jnp.expand_dims(x, range(first)) for x in (a, b))
+        # A layer without an adapter has zeros in both factors, and no place in files.
+        a = jnp.where(jnp.expand_dims(d != 0, range(first, a.ndim - 1)), a, 0.0)
         d = jnp.expand_dims(d, range(first + 1, b.ndim))
-        a = jnp.broadcast_to(a, (*stack, *a.shape))
         return LowRank(base, a, d * b * gain, scale, key, rate)
 
     def rank(self, factors: Mapping[str, Any]) -> int:

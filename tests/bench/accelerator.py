@@ -4,9 +4,10 @@
 
 Each measurement is a process of its own with a time limit, the most valuable first: see
 `card_trials.py`. A trial that does not fit into `--budget` is reported as not run.
-Every result is one JSON line, printed and appended to `--out`; a failure keeps the
-results so far and the end of standard error. `--tiny` runs everything on a CPU with
-tiny sizes.
+Every result is one JSON line, printed and appended to `--out` when it is known; a
+failure keeps the results so far and the end of standard error. `took_s` are seconds
+from the start of a trial to its line. `--tiny` runs everything on a CPU with tiny
+sizes.
 
 Our side needs jax, flax, optax and numpy; `train` needs all of requirements.txt, and
 the PEFT side torch, transformers and peft in `--torch-python`, for codes bitsandbytes
@@ -15,13 +16,14 @@ launch/jobs/compiler_settings.toml.
 """
 
 import argparse
-import dataclasses
+import contextlib
 import datetime
 import functools
 import importlib.util
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -84,14 +86,19 @@ def environment(trial: Trial, chip: str, folder: Path) -> dict[str, str]:
         # Its best case: otherwise pieces of free memory that no tensor fits are lost.
         return {"PYTORCH_ALLOC_CONF": "expandable_segments:True", **os.environ}
     added = compiler_settings.environment(chip, ("default", *trial.compiler))
-    flags = " ".join(filter(None, (added.get("XLA_FLAGS"), trial.flags)))
+    own = added.get("XLA_FLAGS", os.environ.get("XLA_FLAGS"))
+    flags = " ".join(filter(None, (own, trial.flags)))
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     return {**cache, **os.environ, **added, **({"XLA_FLAGS": flags} if flags else {})}
 
 
 @functools.cache
 def absent(python: str, modules: tuple[str, ...]) -> list[str]:
-    """Those of the modules that an interpreter does not have."""
+    """Those of the modules that an interpreter does not have.
+
+    Raises:
+      UserError: it does not start.
+    """
     if python == sys.executable:
         return [name for name in modules if importlib.util.find_spec(name) is None]
     program = (
@@ -99,7 +106,14 @@ def absent(python: str, modules: tuple[str, ...]) -> list[str]:
         "print(*(name for name in sys.argv[1:] if util.find_spec(name) is None))"
     )
     argv = [python, "-c", program, *modules]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"--torch-python={python}: it does not start ({error}); name an "
+            "interpreter that has torch, transformers and peft, or leave the flag out "
+            "to measure this side alone"
+        ) from error
     return done.stdout.split()
 
 
@@ -123,34 +137,33 @@ def measure(
     """Runs each trial, and yields its results as they come."""
     over = time.monotonic() + budget
     chip = ""
-    for trial in trials:
-        sizes = [trial.settings]
-        sizes += [{**trial.settings, **trial.smaller}] if trial.smaller else []
-        for settings in sizes:
-            sized = dataclasses.replace(trial, settings=settings)
-            about = {"trial": trial.name, "settings": settings}
-            about |= {"compiler": trial.compiler} if trial.compiler else {}
-            about |= {"flags": trial.flags} if trial.flags else {}
+    for at, trial in enumerate(trials):
+        for sized in trial.sizes():
+            about = {"trial": sized.name, "settings": sized.settings}
+            about |= {"compiler": sized.compiler} if sized.compiler else {}
+            about |= {"flags": sized.flags} if sized.flags else {}
             left = over - time.monotonic()
-            reason = lacking(trial, torch_python)
-            if not reason and (left <= 0 or left < trial.needs):
-                reason = f"{left:.0f} s left, and it takes about {trial.needs:.0f} s"
+            reason = lacking(sized, torch_python)
+            if not reason and (left <= 0 or left < sized.needs):
+                reason = f"{left:.0f} s left, and it takes about {sized.needs:.0f} s"
             if reason:
                 yield {**about, "not_run": reason}
                 break
             begun = time.monotonic()
             child = start(sized, chip, torch_python, folder)
-            done = child.finish(min(trial.limit, left))
-            took = {"took_s": round(time.monotonic() - begun, 1)}
-            for result in done.pop("results"):
-                if "kind" in result:
-                    found = chips.by_device_kind(result["kind"])
-                    chip = found.name if found else ""
-                yield {**about, **took, **result}
-            if not done:
+            limit = sized.seconds_for(left, trials[at + 1 :])
+            with contextlib.closing(child.results(limit)) as results:
+                for result in results:
+                    if "kind" in result:
+                        found = chips.by_device_kind(result["kind"])
+                        chip = found.name if found else ""
+                    took = {"took_s": round(time.monotonic() - begun, 1)}
+                    yield {**about, **took, **result}
+            if not child.failure:
                 break
-            yield {**about, **took, **done}
-            if done["failed"] != "out of memory":
+            took = {"took_s": round(time.monotonic() - begun, 1)}
+            yield {**about, **took, **child.failure}
+            if child.failure["failed"] != "out of memory":
                 break
 
 
@@ -171,7 +184,10 @@ def summary(results: Sequence[Result]) -> Iterator[str]:
     full = [r for r in results if r["trial"].startswith("pretrain") and r.get("mfu")]
     if full:
         best = max(full, key=lambda r: r["mfu"])
-        yield f"best MFU {best['mfu']:.1%} ({best['trial']}; goal {MFU_GOAL:.0%})"
+        yield (
+            f"best MFU {best['mfu']:.1%} of {best['peak']} ({best['trial']}; goal "
+            f"{MFU_GOAL:.0%})"
+        )
     for form in ("bfloat16", "nf4", "int8"):
         yield from against_peft(results, form)
     yield from against_bfloat16(results)
@@ -200,8 +216,8 @@ def against_peft(results: Sequence[Result], form: str) -> Iterator[str]:
     yield (
         f"LoRA over {form}: {ratio:.2f} times PEFT ({ours['trial']} "
         f"{ours['tokens_per_s']:,.0f} tokens/s, {theirs['trial']} "
-        f"{theirs['tokens_per_s']:,.0f}{goal})"
-        + (f"; NOT EQUAL in {', '.join(odd)}" if odd else "")
+        f"{theirs['tokens_per_s']:,.0f}{goal}); attention {ours['attention']} and "
+        f"{theirs['attention']}" + (f"; NOT EQUAL in {', '.join(odd)}" if odd else "")
     )
 
 
@@ -232,7 +248,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--budget", type=float, default=420.0, help="seconds of the whole")
     add("--out", type=Path, help="file to which every result is appended")
     add("--torch-python", default="", help="interpreter that has PEFT")
-    add("--only", default="", help=f"with commas, of {names}")
+    add("--only", default="", help=f"with commas, of {names}; device always runs")
     add(
         "--also",
         action="append",
@@ -250,35 +266,70 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def choose(arguments: argparse.Namespace) -> list[Trial]:
+    """The trials that were asked for.
+
+    `device` is always one of them: the compiler's settings depend on the chip.
+
+    Raises:
+      UserError: a name or settings are wrong, or nothing could run or be written.
+    """
+    asked = {name for name in arguments.only.split(",") if name}
+    if unknown := asked - {trial.name for trial in TRIALS}:
+        raise UserError(f"--only: no trial {', '.join(sorted(unknown))}; see --help")
+    chosen = [t for t in TRIALS if not asked or t.name in {"device", *asked}]
+    chosen += [changed(text) for text in arguments.also]
+    # What is wrong here would cost minutes of the device if it were found later.
+    if arguments.torch_python:
+        absent(arguments.torch_python, PEFT_NEEDS)
+    if arguments.out:
+        try:
+            arguments.out.open("a").close()
+        except OSError as error:
+            raise UserError(f"--out={arguments.out}: {error.strerror}") from error
+    return [tiny(trial) for trial in chosen] if arguments.tiny else chosen
+
+
 def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
-    asked = [name for name in arguments.only.split(",") if name]
-    if unknown := {*asked} - {trial.name for trial in TRIALS}:
-        raise UserError(f"--only: no trial {', '.join(sorted(unknown))}; see --help")
-    chosen = [trial for trial in TRIALS if not asked or trial.name in asked]
-    chosen += [changed(text) for text in arguments.also]
-    if arguments.tiny:
-        chosen = [tiny(trial) for trial in chosen]
+    chosen = choose(arguments)
+    # Ends as an error does: what runs is stopped, and frees the device.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if arguments.forks:
         import card_measures  # noqa: F401
 
         card_children.share_imports()
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     print(f"{now}: python {shlex.join(sys.argv)}", flush=True)
-    results = []
     with tempfile.TemporaryDirectory() as folder:
-        for result in measure(
-            chosen, arguments.budget, arguments.torch_python, Path(folder)
-        ):
-            results.append(result)
-            line = json.dumps(result)
-            print(line, flush=True)
-            if arguments.out:
-                with arguments.out.open("a") as file:
-                    file.write(line + "\n")
+        found = measure(chosen, arguments.budget, arguments.torch_python, Path(folder))
+        with contextlib.closing(found):
+            results = list(recorded(found, arguments))
     print("\n".join(["", *summary(results)]), flush=True)
     bad = [r for r in results if "failed" in r or r.get("right") is False]
     return int(bool(bad))
+
+
+def recorded(
+    results: Iterator[Result], arguments: argparse.Namespace
+) -> Iterator[Result]:
+    """Writes each result when it comes.
+
+    Raises:
+      UserError: JAX has no accelerator here, and the sizes are those of one.
+    """
+    for result in results:
+        line = json.dumps(result)
+        print(line, flush=True)
+        if arguments.out:
+            with arguments.out.open("a") as file:
+                file.write(line + "\n")
+        if result.get("platform") == "cpu" and not arguments.tiny:
+            raise UserError(
+                f"JAX in {sys.executable} finds no GPU and no TPU; install "
+                "jax[cuda13] or jax[tpu] there, or take sizes for a CPU with --tiny"
+            )
+        yield result
 
 
 if __name__ == "__main__":

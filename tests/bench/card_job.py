@@ -1,7 +1,9 @@
 """A training step on one device, on weights and tokens that are drawn there."""
 
+import collections
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ from random_rows import random_rows
 
 from research.config.knob_groups import LoRAConfig, MeshConfig, ModelConfig, OptimConfig
 from research.data.token_batch import Batch
+from research.models.attention_kernels import KernelChoice
 from research.models.make_model import choose_kernel, make_model
 from research.models.presets import preset as find_preset
 from research.models.transformer import Model
@@ -22,6 +25,7 @@ from research.weights import trainable
 from research.weights.parameter_spec import Spec
 from research.weights.trainable import Trainable
 
+Result = dict[str, Any]
 # As in configs/pretrain_1b.py and configs/finetune_8b.py, which a bare image cannot
 # read; a test compares them.
 OPTIM = {
@@ -41,9 +45,35 @@ def peak_memory_gb() -> float | None:
     return peak / 1e9 if peak is not None else None
 
 
-def peak_flops() -> float | None:
-    chip = chips.by_device_kind(jax.devices()[0].device_kind)
-    return chip.flops if chip else None
+def peak() -> tuple[float | None, str]:
+    """The device's peak in bf16 FLOP/s, None if it is not known, and its source."""
+    kind = jax.devices()[0].device_kind
+    chip = chips.by_device_kind(kind)
+    if chip is None:
+        return None, f"{kind} is not in research/parallel/chips.py"
+    return chip.flops, f"{chip.flops / 1e12:g} TFLOP/s, {chip.name} ({chip.source})"
+
+
+# The custom calls of cuDNN's attention, and of kernels that Pallas made for a TPU.
+KERNEL_CALL = re.compile(r'custom_call_target="(__cudnn\$fmha\w+|tpu_custom_call)"')
+BY_CALL = {"cudnn": "__cudnn", "cudnn_mask": "__cudnn", "splash": "tpu_custom_call"}
+
+
+def attention_calls(kernel: str, hlo: str) -> Result:
+    """Whether a program calls the attention kernel that was chosen.
+
+    Args:
+      kernel: of `attention_kernels.KERNELS`; `xla` and the plain formula have no call.
+      hlo: the text of the program.
+
+    Returns:
+      `attention`, the kernel; `calls`, how often the text has each custom call of an
+      attention kernel; `right`, false if the one that was chosen has none.
+    """
+    calls = collections.Counter(KERNEL_CALL.findall(hlo))
+    known = BY_CALL.get(kernel)
+    right = known is None or any(call.startswith(known) for call in calls)
+    return {"attention": kernel, "calls": dict(calls), "right": right}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +81,7 @@ class Job:
     """A training step on one device, and what it starts from."""
 
     definition: train_step.StepDefinition
-    kernel: str
+    kernel: KernelChoice
 
     @classmethod
     def make(
@@ -75,7 +105,7 @@ class Job:
                     1, config.loss_chunk, meshes.shards(mesh), optim.z_loss, mesh
                 ),
             ),
-            chosen.kernel,
+            chosen,
         )
 
     def start(self) -> tuple[train_step.TrainState, dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from card_job import attention_calls
 from random_rows import random_rows
 
 from research.core.errors import UserError
@@ -119,22 +120,43 @@ def _packed(
         jax.random.normal(key, (*tokens, n, case.width), jnp.bfloat16)
         for key, n in zip(keys, counts, strict=True)
     )
-    # Also on devices whose float32 products are of fewer bits by default.
-    with jax.default_matmul_precision("highest"):
-        wide = tuple(x.astype(jnp.float32) for x in drawn)
-        exact = [
-            np.asarray(x) for x in _both_passes(wide, segments, rule, kernel="plain")
-        ]
+    setting = {k: v for k, v in dataclasses.asdict(case).items() if v}
+    try:
+        exact = _exact(drawn, segments, rule)
+    except Exception as error:  # No memory, as a rule; another case may be smaller.
+        yield {**setting, **_failure(error)}
+        return
     seen = np.minimum(rows["positions"] + 1, case.window or tokens[1])
     flops = 12 * case.heads * case.width * float(seen.sum())
-    setting = {k: v for k, v in dataclasses.asdict(case).items() if v}
     for kernel in only or (*attention_kernels.KERNELS, "plain"):
-        found = {"kernel": kernel, **setting}
-        run = functools.partial(_both_passes, drawn, segments, rule, kernel=kernel)
-        yield found | _compared(
+        yield {"kernel": kernel, **setting} | _compared(
             functools.partial(_require, kernel, case, tokens[1], rule),
-            run, exact, lambda run=run: seconds_of(run, times), flops,
+            functools.partial(_compiled, kernel, drawn, segments, rule),
+            exact, times, flops,
         )  # fmt: skip
+
+
+def _exact(drawn: Sequence[Array], segments: Array, rule: ScoreRule) -> list:
+    """The output and the gradients in float32, row by row: scores of all are large."""
+    found = []
+    # Also on devices whose float32 products are of fewer bits by default.
+    with jax.default_matmul_precision("highest"):
+        for row in range(len(segments)):
+            here = slice(row, row + 1)
+            wide = tuple(x[here].astype(jnp.float32) for x in drawn)
+            passes = _both_passes(wide, segments[here], rule, kernel="plain")
+            found.append([np.asarray(x) for x in passes])
+    return [np.concatenate(parts) for parts in zip(*found, strict=True)]
+
+
+def _compiled(
+    kernel: str, drawn: Sequence[Array], segments: Array, rule: ScoreRule
+) -> tuple[Callable[[], Any], Result]:
+    """Both passes as one program, and the kernel's calls in it."""
+    arrays = drawn, segments, rule
+    program = _both_passes.lower(*arrays, kernel=kernel).compile()
+    found = attention_calls(kernel, program.as_text())
+    return functools.partial(program, *arrays), found
 
 
 def _require(kernel: str, case: Case, length: int, rule: ScoreRule) -> None:
@@ -153,23 +175,34 @@ def _require(kernel: str, case: Case, length: int, rule: ScoreRule) -> None:
 
 def _compared(
     require: Callable[[], None],
-    run: Callable[[], Any],
+    make: Callable[[], tuple[Callable[[], Any], Result]],
     exact: Sequence[np.ndarray],
-    seconds: Callable[[], float],
+    times: int,
     flops: float,
 ) -> Result:
-    """The distance of `run()` from `exact` and its speed, or why there is none."""
+    """The distance of what is made from `exact` and its speed, or why there is none."""
     try:
         require()
+        run, about = make()
         off = max(map(_distance, run(), exact))
-        took = seconds()
+        took = seconds_of(run, times)
     except UserError as error:
         return {"not_here": str(error).partition(": ")[2].partition("; use ")[0]}
     except Exception as error:  # Another kernel may still work.
-        return {"failed": f"{type(error).__name__}: {error}"[:500]}
+        return _failure(error)
     # Not `>`: what is not a number is wrong as well.
-    right = bool(off <= TOLERANCE)
-    return {"ms": 1e3 * took, "tflops": flops / took / 1e12, "off": off, "right": right}
+    right = bool(off <= TOLERANCE) and about.get("right", True)
+    return {
+        "ms": 1e3 * took,
+        "tflops": flops / took / 1e12,
+        "off": off,
+        "calls": about.get("calls", {}),
+        "right": right,
+    }
+
+
+def _failure(error: Exception) -> Result:
+    return {"failed": f"{type(error).__name__}: {error}"[:500]}
 
 
 def _distance(found: Array, exact: np.ndarray) -> float:
@@ -260,8 +293,8 @@ def _decoding(size: tuple[int, int], times: int) -> Iterator[Result]:
             return [mixed]
 
         yield {"decoding": kernel, **setting} | _compared(
-            require if kernel == "paged" else lambda: None, run,
-            [np.asarray(exact)], lambda run=run: seconds_of(run, times), flops,
+            require if kernel == "paged" else lambda: None, lambda run=run: (run, {}),
+            [np.asarray(exact)], times, flops,
         )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from card_job import Job, draw_weights, peak_flops, peak_memory_gb
+from card_job import Job, attention_calls, draw_weights, peak, peak_memory_gb
 from card_kernels import kernels, seconds_of
 from card_resume import half, resume
 
@@ -130,9 +130,10 @@ def step(
       run: where it is false the step is traced alone, which finds wrong settings.
       knobs: of `config.model`, such as remat, quantize and loss_chunk.
 
-    Recomputation counts for nothing in `mfu`. `memory_gb` is the peak of the whole
-    process, with the drawing of the weights, and `step_gb` what the compiled step
-    holds, its arguments included.
+    Recomputation counts for nothing in `mfu`, which is `tflops` over the `peak` of the
+    device in bf16; `research.train.metrics.throughput` has the formula. `memory_gb` is
+    the peak of the whole process, with the drawing of the weights, and `step_gb` what
+    the compiled step holds, its arguments included.
     """
     begun = time.perf_counter()
     job = Job.make(trainable, preset, seq, micro, rank, **knobs)
@@ -140,7 +141,7 @@ def step(
     batch = job.batch(rows, micro, seq, documents=documents)
     if not run:
         traced = train.trace(*jax.eval_shape(job.start), batch)
-        yield {"equations": len(traced.jaxpr.eqns), "attention": job.kernel}
+        yield {"equations": len(traced.jaxpr.eqns), "attention": job.kernel.kernel}
         return
     state, frozen = jax.block_until_ready(job.start())
     start_s = time.perf_counter() - begun
@@ -158,17 +159,19 @@ def step(
     used = throughput.count_used(state.params, model)
     flops = throughput.count_flops(model.architecture, used, full=trainable == "full")
     needed = flops.step(*(float(sums[name]) for name in ("tokens", "weight", "pairs")))
-    peak = peak_flops()
+    most, named = peak()
     yield {
         "tokens_per_s": rows * seq / step_s,
         "step_s": step_s,
         "seconds": [round(value, 4) for value in seconds],
         "tflops": needed / step_s / 1e12,
-        "mfu": needed / step_s / peak if peak else None,
+        "mfu": needed / step_s / most if most else None,
+        "peak": named,
         "memory_gb": peak_memory_gb(),
         "step_gb": _held_bytes(train) / 1e9,
         "frozen_gb": parameter_paths.nbytes(frozen) / 1e9,
-        "attention": job.kernel,
+        **attention_calls(job.kernel.kernel, train.as_text()),
+        "why": job.kernel.reason,
         "start_s": start_s,
         "compile_s": compile_s,
         "positions": int(sums["weight"]),

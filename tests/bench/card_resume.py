@@ -3,7 +3,7 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,14 @@ import jax
 import numpy as np
 from card_children import measurement
 from card_job import Job
+from card_trials import DETERMINISTIC
 
 from research.train.step import train_step
 
 Result = dict[str, Any]
 # XLA_FLAGS by case. `--xla_gpu_deterministic_ops`, and programs that are compiled anew,
 # gave the same bits as the second case on an H100: docs/measured.md.
-CASES = {
-    "no flag": "",
-    "exclude_nondeterministic_ops": "--xla_gpu_exclude_nondeterministic_ops=true",
-}
+CASES = {"no flag": "", "exclude_nondeterministic_ops": DETERMINISTIC}
 
 
 def resume(
@@ -28,36 +26,38 @@ def resume(
     steps: int = 8,
     rows: int = 8,
     seq: int = 1024,
+    cases: Sequence[str] = tuple(CASES),
 ) -> Iterator[Result]:
     """Whether a second process, started from half way, gives the same bits.
 
-    For each case one process trains `steps` steps and saves its state after half of
-    them; another one starts from that state, with the compile cache that both share, as
-    runs do. All cases run at the same time.
+    For each of `cases` one process trains `steps` steps and saves its state after half
+    of them; another one starts from that state, with the compile cache that both share,
+    as runs do. All cases run at the same time.
     """
     sizes = {"preset": preset, "steps": steps, "rows": rows, "seq": seq}
     with tempfile.TemporaryDirectory() as folder:
-        said: dict[str, list[Result]] = {case: [] for case in CASES}
+        halves: dict[str, list[Result]] = {case: [] for case in cases}
         for resumed in (False, True):
             children = {}
-            for number, (case, flags) in enumerate(CASES.items()):
+            for number, case in enumerate(cases):
                 saved = str(Path(folder) / f"{number}.npz")
                 children[case] = measurement(
                     "half",
                     {**sizes, "saved": saved, "resumed": resumed},
-                    _shared_card(flags, folder),
+                    _shared_card(CASES[case], folder),
                 )
             for case, child in children.items():
-                said[case].append(child.finish())
-    for case, halves in said.items():
-        yield {"case": case, **_compare(*halves)}
+                halves[case] += [*child.results(), child.failure]
+    for case, found in halves.items():
+        yield {"case": case, **_compare(found)}
 
 
-def _compare(first: Result, second: Result) -> Result:
-    for half in (first, second):
-        if "failed" in half:
-            return {"failed": half["failed"], "stderr": half["stderr"]}
-    [whole], [again] = first["results"], second["results"]
+def _compare(found: list[Result]) -> Result:
+    """Two halves, or why one failed."""
+    for failure in found:
+        if "failed" in failure:
+            return failure
+    whole, again = filter(None, found)
     common = whole["losses"][-len(again["losses"]) :]
     return {
         "exact": common == again["losses"] and whole["end"] == again["end"],

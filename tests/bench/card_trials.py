@@ -1,12 +1,12 @@
 """The trials of `accelerator.py`, the most valuable first.
 
-A trial is one process with a time limit. Those up to `resume` take 7 minutes on an
-H100; the others run where time is left, or where `--only` names them.
+A trial is one process with a time limit. `MAIN` takes less than 7 minutes on an H100;
+`SPARE` runs where time is left, or where `--only` names it.
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from research.core.errors import UserError
@@ -21,10 +21,11 @@ class Trial:
       script: beside this file.
       settings: of the script, as JSON for ours and as flags for PEFT.
       needs: seconds that it is expected to take on an H100.
-      limit: seconds after which it is stopped.
+      limit: seconds after which it is stopped, see also `seconds_for`.
       compiler: names of `launch` settings beside the default ones.
       flags: further XLA_FLAGS.
-      smaller: settings to try once more where memory ran out.
+      halved: name of the setting that is halved, down to 1, where memory ran out.
+      spare: it gets only the time that the others leave.
     """
 
     name: str
@@ -34,7 +35,25 @@ class Trial:
     limit: float
     compiler: tuple[str, ...] = ()
     flags: str = ""
-    smaller: Mapping[str, Any] | None = None
+    halved: str = ""
+    spare: bool = False
+
+    def sizes(self) -> Iterator["Trial"]:
+        """This trial, and then the smaller ones."""
+        trial = self
+        yield trial
+        while (size := trial.settings.get(self.halved, 1)) > 1:
+            settings = {**trial.settings, self.halved: size // 2}
+            trial = dataclasses.replace(trial, settings=settings)
+            yield trial
+
+    def seconds_for(self, left: float, later: Sequence["Trial"]) -> float:
+        """After how many seconds it is stopped, of those that are left.
+
+        It cannot take the time that later trials need, but always gets its own.
+        """
+        kept = sum(trial.needs for trial in later if not trial.spare)
+        return min(self.limit, left, max(self.needs, left - kept))
 
 
 def card(name: str, measure: str, needs: float, limit: float, **others: Any) -> Trial:
@@ -48,13 +67,15 @@ def card(name: str, measure: str, needs: float, limit: float, **others: Any) -> 
     )  # fmt: skip
 
 
+def step(name: str, needs: float, limit: float, **others: Any) -> Trial:
+    """A training step of `card_measures.py`."""
+    return card(name, "step", needs, limit, halved="micro", **others)
+
+
 def peft(name: str, needs: float, limit: float, **others: Any) -> Trial:
     """A measurement of `peft_side.py`."""
     settings = {**PEFT, **others}
-    return Trial(
-        name, "peft_side.py", settings, needs, limit,
-        smaller={"micro": settings["micro"] // 2},
-    )  # fmt: skip
+    return Trial(name, "peft_side.py", settings, needs, limit, halved="micro")
 
 
 DETERMINISTIC = "--xla_gpu_exclude_nondeterministic_ops=true"
@@ -65,35 +86,33 @@ LORA = {"trainable": "lora", "preset": "llama3.1-8b", "rows": 8, "micro": 4}
 PEFT = {"shape": "llama3.1-8b", "rows": 8, "micro": 2, "seq": 2048, "rank": 16,
         "steps": 3, "warmup": 1, "adapters": "float32"}  # fmt: skip
 
-TRIALS = (
-    card("device", "device", 20, 90),
-    card("pretrain", "step", 45, 200, **PRETRAIN, profile=True, smaller={"micro": 4}),
-    card("lora", "step", 40, 200, **LORA, smaller={"micro": 2}),
-    peft("peft", 35, 150),
+MAIN = (
+    card("device", "device", 20, 60),
+    step("pretrain", 45, 150, **PRETRAIN, profile=True),
+    step("lora", 40, 150, **LORA),
+    peft("peft", 35, 120),
     card("kernels", "kernels", 75, 130),
-    card("lora-nf4", "step", 40, 120, **LORA, quantize="nf4", smaller={"micro": 2}),
-    card("lora-int8", "step", 35, 120, **LORA, quantize="int8", smaller={"micro": 2}),
+    step("lora-nf4", 40, 100, **LORA, quantize="nf4"),
+    step("lora-int8", 35, 100, **LORA, quantize="int8"),
     card("decode", "decode", 50, 110),
-    card("resume", "resume", 45, 120),
+    card("resume", "resume", 45, 100),
+)
+SPARE = (
     peft("peft-nf4", 40, 120, quantize="nf4"),
     peft("peft-int8", 40, 120, quantize="int8"),
     peft("peft-bfloat16", 45, 120, adapters="bfloat16"),
-    card("pretrain-dots", "step", 50, 150, **PRETRAIN, remat="dots",
-         smaller={"micro": 4}),
-    card("lora-dots", "step", 60, 120, **{**LORA, "micro": 8}, remat="dots",
-         profile=True, smaller={"micro": 4}),
+    step("pretrain-dots", 50, 150, **PRETRAIN, remat="dots"),
+    step("lora-dots", 60, 120, **{**LORA, "micro": 8}, remat="dots", profile=True),
     Trial("train", "card_run.py", {}, 80, 150),
-    card("lora-unrolled", "step", 70, 150, **LORA, scan_unroll=4,
-         smaller={"micro": 2}),
-    card("pretrain-scanned", "step", 35, 120, **SCANNED, profile=True,
-         smaller={"micro": 4}),
-    card("pretrain-cublas", "step", 40, 120, **PRETRAIN, compiler=("gpu-cublas",),
-         smaller={"micro": 4}),
+    step("lora-unrolled", 70, 150, **LORA, scan_unroll=4),
+    step("pretrain-scanned", 35, 120, **SCANNED, profile=True),
+    step("pretrain-cublas", 40, 120, **PRETRAIN, compiler=("gpu-cublas",)),
     # At the size of `pretrain` the flag ran out of an H100's memory.
-    card("pretrain-deterministic", "step", 35, 120, **{**SCANNED, "micro": 4},
-         flags=DETERMINISTIC, smaller={"micro": 2}),
+    step("pretrain-deterministic", 35, 120, **{**SCANNED, "micro": 4},
+         flags=DETERMINISTIC),
     peft("peft-checkpointing", 45, 120, micro=8, recompute=True),
 )  # fmt: skip
+TRIALS = (*MAIN, *(dataclasses.replace(trial, spare=True) for trial in SPARE))
 # Compiling a step takes a CPU seconds, even a tiny one: these are run, and all others
 # are traced, which finds what is wrong with their settings.
 RUN_WHEN_TINY = ("pretrain-scanned",)
@@ -106,7 +125,9 @@ SMALL = {
     "step": {"preset": "tiny", "rows": 4, "micro": 2, "seq": 32, "rank": 2, "steps": 1,
              "warmup": 0},
     "decode": {"preset": "tiny", "prompt": 8, "new": 4, "batches": [2]},
-    "resume": {"preset": "tiny", "rows": 4, "seq": 32, "steps": 2},
+    # The flag of the other case is that of `pretrain-deterministic`.
+    "resume": {"preset": "tiny", "rows": 4, "seq": 32, "steps": 2,
+               "cases": ["no flag"]},
     "peft_side.py": {"shape": "tiny", "rows": 4, "micro": 2, "seq": 32, "rank": 2,
                      "steps": 1, "device": "cpu"},
     "card_run.py": {"preset": "tiny", "seq": 64},
@@ -119,9 +140,7 @@ def tiny(trial: Trial) -> Trial:
     settings = {**trial.settings, **SMALL[measure]}
     if measure == "step" and trial.name not in RUN_WHEN_TINY:
         settings |= {"run": False}
-    return dataclasses.replace(
-        trial, settings=settings, needs=0, limit=900, smaller=None
-    )
+    return dataclasses.replace(trial, settings=settings, needs=0, limit=900, halved="")
 
 
 def changed(text: str) -> Trial:

@@ -122,16 +122,31 @@ def make_rows(
     return list(parts), int(counts.sum())
 
 
+def attention_forms(model: Any, ids: torch.Tensor, autocast: bool) -> str:
+    """The forms of `scaled_dot_product_attention` that a forward pass of `ids` runs."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        torch.profiler.profile(activities=kinds) as profile,
+        torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast),
+    ):
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    prefix = "aten::_scaled_dot_product_"
+    found = {event.key for event in profile.key_averages()}
+    return ",".join(sorted(x.removeprefix(prefix) for x in found if prefix in x))
+
+
 def train_steps(
     arguments: argparse.Namespace, model: Any, vocab: int
-) -> tuple[list[float], int, float]:
-    """Seconds of each counted step, the labels that count, and the last loss."""
+) -> tuple[list[float], int, float, str]:
+    """Seconds of each counted step, the labels that count, the last loss, and SDPA's
+    forms."""
     device = next(model.parameters()).device
     passes, counted = make_rows(arguments, vocab, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0, fused=fused)
     autocast = arguments.adapters == "float32"
+    forms = attention_forms(model, passes[0][0], autocast)
     seconds, last = [], 0.0
     for _ in range(arguments.warmup + arguments.steps):
         begun = time.perf_counter()
@@ -154,7 +169,7 @@ def train_steps(
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
-    return seconds[arguments.warmup :], counted, last
+    return seconds[arguments.warmup :], counted, last, forms
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -199,7 +214,8 @@ def main() -> None:
     if device.type == "cuda":
         made_gb = peak_bytes(device) / 1e9
         torch.cuda.reset_peak_memory_stats()
-    seconds, counted, loss = train_steps(arguments, model, model.config.vocab_size)
+    vocab = model.config.vocab_size
+    seconds, counted, loss, forms = train_steps(arguments, model, vocab)
     step_s, held_gb = statistics.median(seconds), peak_bytes(device) / 1e9
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
     used = ["torch", "transformers", "peft"]
@@ -211,6 +227,7 @@ def main() -> None:
         "seconds": seconds,
         "memory_gb": max(made_gb, held_gb),
         "step_gb": held_gb,
+        "attention": f"sdpa: {forms}",
         "positions": counted,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "loss": loss,

@@ -35,6 +35,7 @@ from research.models.cached_attention import (
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.parallel.logit_rows import (
+    make_gather_head,
     make_place,
     rows_partition,
     top_k_of_placed,
@@ -175,6 +176,7 @@ class SlotDecoder:
             programs.decode,
             model,
             self.rounds,
+            make_gather_head(mesh, model.specs),
             make_place(mesh),
             top_k_of_placed(mesh),
         )

@@ -225,6 +225,7 @@ def extend(
 def decode(
     model: Model,
     rounds: int,
+    gather_head: Callable[[Params], Params],
     place: Callable[[Array], Array],
     top_k: TopK,
     params: Params,
@@ -235,11 +236,13 @@ def decode(
     Args:
       model: the decoder.
       rounds: R.
+      gather_head: makes the head ready for all rounds.
       place: fixes the sharding of logits `[S, V]`.
       top_k: as `jax.lax.top_k`.
       params: of the model; may hold a bank of adapters.
       slots: the state.
     """
+    params = {**params, **gather_head(model.head(params))}
     advance = functools.partial(_advance, model, place, top_k, params)
     shapes = jax.eval_shape(advance, 0, slots)[1]
     ids, scores = jax.tree.map(lambda x: jnp.zeros((rounds, *x.shape), x.dtype), shapes)

@@ -4,7 +4,8 @@ The partitioner would gather logits, which are as wide as the vocabulary, to eve
 device wherever rows are sorted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -37,6 +38,37 @@ def make_place(mesh: Mesh) -> Callable[[Array], Array]:
         return _pin(mesh, logits_RV, rows_partition(mesh, logits_RV.shape[0]))
 
     return place
+
+
+def make_gather_head(
+    mesh: Mesh, specs: Mapping[str, Any]
+) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Makes the function that gathers a vocabulary head over the batch's axes.
+
+    Each device then has all inputs of the ids that it scores. Within a loop the
+    partitioner would gather the head again for each token. A head that stands in
+    another form than that of its `Spec` stays as it is.
+
+    Args:
+      mesh: where the head lies.
+      specs: of parameters by path.
+    """
+
+    def gather(head: Mapping[str, Any]) -> dict[str, Any]:
+        return {path: one(path, leaf) for path, leaf in head.items()}
+
+    def one(path: str, leaf: Any) -> Any:
+        if mesh.size == 1 or not isinstance(leaf, jax.Array):
+            return leaf
+        split = meshes.partition(specs[path].axes, path, mesh)
+        return _pin(mesh, leaf, PartitionSpec(*map(_without_batch, split)))
+
+    return gather
+
+
+def _without_batch(entry: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return tuple(name for name in names if name not in meshes.BATCH_AXES) or None
 
 
 def top_k_of_placed(mesh: Mesh) -> TopK:

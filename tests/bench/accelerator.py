@@ -279,7 +279,7 @@ def choose(arguments: argparse.Namespace) -> list[Trial]:
         raise UserError(f"--only: no trial {', '.join(sorted(unknown))}; see --help")
     chosen = [t for t in TRIALS if not asked or t.name in {"device", *asked}]
     chosen += [changed(text) for text in arguments.also]
-    # What is wrong here would cost minutes of the device if it were found later.
+    # A mistake that is found later costs minutes of the device.
     if arguments.torch_python:
         absent(arguments.torch_python, PEFT_NEEDS)
     if arguments.out:

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import pytest
 
 from research.config.knob_groups import MeshConfig
-from research.engine.slot_decoder import SlotDecoder
+from research.engine.slot_decoder import ACCELERATOR_ROUNDS, SlotDecoder
 from research.models.presets import PRESETS
 from research.models.transformer import Model, Options
 from research.parallel import mesh as meshes
-from research.plan.compiled import compile_step, hlo_text
+from research.plan.compiled import collectives, compile_step, hlo_text
 from research.plan.compiled.libtpu_environment import ENVIRONMENT
 from research.plan.compiled.schedule import read_schedule
 from research.plan.planned_devices import parse_topology
@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
 ]
 
-SLOTS, LENGTH = 32, 4000
+SLOTS, LENGTH, ROUNDS = 32, 4000, ACCELERATOR_ROUNDS
 MOVED = re.compile(r"= (?:bf16|f32)\[([\d,]+)\]\S* (?:copy|all-gather)[\w-]*\(")
 
 
@@ -70,3 +70,13 @@ def test_a_round_sends_no_more_than_the_logits_of_a_chip():
     sent = [each.nbytes for each in (*found.bare, *found.hidden)]
     counts = state.rows.choice.counts
     assert len(sent) > 4 and max(sent) <= 4 * counts.size / mesh.size
+
+
+def test_a_call_gathers_the_head_once_and_not_in_each_round():
+    """It is larger than all else that decoding sends."""
+    program, mesh, _ = compiled_decode(fsdp=2, tensor=2)
+    found = collectives.find_collectives(hlo_text.parse(program), mesh, ROUNDS)
+    shape = PRESETS["llama3.1-8b"]
+    head = 2 * shape.embed * shape.vocab // 2
+    sent = [(each.kind, each.times) for each in found if each.nbytes >= head]
+    assert sent == [("all-gather", 1)]

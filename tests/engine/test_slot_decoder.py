@@ -33,6 +33,8 @@ from research.models.cached_attention import attend_cached, cache_partition
 from research.models.make_model import make_model
 from research.models.transformer import Model
 from research.parallel import mesh as meshes
+from research.parallel.logit_rows import make_gather_head
+from research.weights.parameter_spec import Spec
 
 WORDS = -(-TINY.vocab // 32)
 
@@ -306,6 +308,19 @@ def test_a_mesh_gives_the_answers_of_one_device(
     assert counts.sharding.shard_shape(counts.shape)[0] * chosen_on == SLOTS
     # XLA says so where it has to copy a whole array to split it in another way.
     assert "rematerialization" not in capfd.readouterr().err
+
+
+def test_a_head_is_gathered_over_the_axes_of_the_batch_alone():
+    mesh = meshes.make_mesh(mesh_sizes(fsdp=2, tensor=2), jax.devices()[:4])
+    specs = {"head.kernel": Spec((8, 6), ("embed", "vocab"))}
+    drawn = np.arange(48.0).reshape(8, 6)
+    head = jax.device_put({"head.kernel": drawn}, meshes.shardings(specs, mesh))
+    assert head["head.kernel"].sharding.shard_shape((8, 6)) == (4, 3)
+    [found] = jax.jit(make_gather_head(mesh, specs))(head).values()
+    assert found.sharding.shard_shape((8, 6)) == (8, 3)
+    np.testing.assert_array_equal(found, drawn)
+    codes = (drawn, drawn)  # In another form, as in codes or beside an adapter.
+    assert make_gather_head(mesh, specs)({"head.kernel": codes})["head.kernel"] is codes
 
 
 @pytest.mark.soak

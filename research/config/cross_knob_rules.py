@@ -50,6 +50,12 @@ RULES = (
         lambda c: c.trainable == "lora" or c.model.quantize == "none",
     ),
     Rule(
+        ("model.int8_products", "model.quantize"),
+        "products of bytes need a base in bytes: set --config.model.quantize=int8, or "
+        "--config.model.int8_products=False",
+        lambda c: not c.model.int8_products or c.model.quantize == "int8",
+    ),
+    Rule(
         ("lora.kind", "optim.rate_pattern"),
         "LoRA+ gives the factors B a rate of their own, and VeRA trains none: drop the "
         "pattern, or use another kind",

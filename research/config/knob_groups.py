@@ -48,6 +48,12 @@ class ModelConfig:
         "the base is stored in, such as Q4_1 of GGUF",
         choices=BASE_FORMAT_MODULES,
     )
+    int8_products: bool = knob(
+        False,
+        "with quantize=int8, layers also round the inputs of their frozen matrices, "
+        "and the gradients that come back, to one byte: faster steps, whose gradients "
+        "are less exact",
+    )
     remat: str = free_knob(
         "none",
         "values that the backward pass computes again instead of keeping them; dots: "

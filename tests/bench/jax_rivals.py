@@ -1,7 +1,9 @@
-"""A LoRA step against MaxText's and Tunix's: equal shapes, in turn, in one run.
+"""A LoRA step against MaxText's, Tunix's or PEFT's: equal shapes, in turn, in one run.
 
     make bench-rivals
     python tests/bench/jax_rivals.py --rivals-python=.venv-rivals/bin/python
+    python tests/bench/jax_rivals.py --torch-python=.venv-torch/bin/python \
+        --rivals=peft-recompute --shapes=1x8192
 
 Every side is a process with random weights of the shape of SmolLM2-135M in bfloat16,
 adapters of rank 16 on every linear layer, AdamW, the same random rows with every
@@ -9,7 +11,9 @@ position trained, and the same settings of the allocator. They start one after t
 other, and then take their steps in turn, each round beginning with another side, so
 that whatever else the machine does slows all of them. MaxText's LoRA is the one of its
 own fine-tuning, which is Tunix's trainer with MaxText's model and qwix's adapters.
-Prints one JSON line for each side and shape, then the ratios (median of the rounds).
+PEFT's side is transformers' Llama with torch's SDPA, which needs no mask as each row is
+one document. Prints one JSON line for each side and shape, then the ratios (median of
+the rounds).
 """
 
 import argparse
@@ -36,13 +40,20 @@ BENCH = Path(__file__).resolve().parent
 # The sides that --rivals takes, and their flags. Their own defaults are those without a
 # further word in the name; the others show whether another setting is faster here.
 # Without remat Tunix takes 19 GB for 8 x 512 tokens.
-RIVALS = {
+JAX_RIVALS = {
     "maxtext": ("--side=maxtext", "--scan", "--remat=full"),
     "maxtext-minimal": ("--side=maxtext", "--scan", "--remat=minimal"),
     "maxtext-unscanned": ("--side=maxtext", "--no-scan", "--remat=full"),
     "tunix": ("--side=tunix", "--remat=full"),
     "tunix-no-remat": ("--side=tunix", "--remat=none"),
 }
+TORCH_RIVALS = {
+    "peft": ("--no-recompute",),
+    "peft-recompute": ("--recompute",),
+    "peft-bfloat16": ("--no-recompute", "--adapters=bfloat16"),
+    "peft-recompute-bfloat16": ("--recompute", "--adapters=bfloat16"),
+}
+RIVALS = JAX_RIVALS | TORCH_RIVALS
 
 
 def serve_ours(arguments: argparse.Namespace, rows: int, seq: int) -> None:
@@ -83,11 +94,14 @@ def commands(
     """The command line of each side."""
     ours = [sys.executable, str(BENCH / "jax_rivals.py"), f"--serve={rows}x{seq}"]
     ours += [f"--preset={arguments.preset}", f"--rank={arguments.rank}"]
-    theirs = [arguments.rivals_python, str(BENCH / "jax_rival_side.py")]
-    theirs += [f"--shape={shape}", f"--rows={rows}", f"--seq={seq}"]
-    theirs += [f"--rank={arguments.rank}"]
+    settings = [f"--shape={shape}", f"--rows={rows}", f"--seq={seq}"]
+    settings += [f"--rank={arguments.rank}"]
+    by_jax = [arguments.rivals_python, str(BENCH / "jax_rival_side.py"), *settings]
+    by_torch = [arguments.torch_python, str(BENCH / "peft_side.py"), *settings]
+    by_torch += [f"--micro={arguments.peft_rows or rows}", "--device=cpu", "--serve"]
     return {"ours": ours} | {
-        name: [*theirs, *RIVALS[name]] for name in arguments.rivals.split(",")
+        name: [*(by_jax if name in JAX_RIVALS else by_torch), *RIVALS[name]]
+        for name in arguments.rivals.split(",")
     }
 
 
@@ -154,12 +168,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--rivals-python", default="", help="interpreter with maxtext and google-tunix")
+    add("--torch-python", default="", help="interpreter with torch and PEFT")
     add(
         "--rivals", default="maxtext,tunix", help="with commas, of " + ", ".join(RIVALS)
     )
     add("--shapes", default="4x256,8x512", help="rows x tokens, with commas")
     add("--preset", default="smollm2-135m", help="shape of the model, a Llama")
     add("--rank", type=int, default=16)
+    add("--peft-rows", type=int, default=0, help="of a pass of PEFT; 0: all")
     add("--steps", type=int, default=3, help="rounds that count")
     add("--warmup", type=int, default=2, help="steps that do not; the first compiles")
     add("--serve", default="", help=argparse.SUPPRESS)
@@ -168,10 +184,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(
             f"--rivals has {', '.join(sorted(unknown))}: there are {', '.join(RIVALS)}"
         )
-    if not arguments.serve and not arguments.rivals_python:
+    chosen = {*arguments.rivals.split(",")}
+    if not arguments.serve and chosen & {*JAX_RIVALS} and not arguments.rivals_python:
         raise UserError(
             "--rivals-python is empty: run `make bench-rivals`, or name an interpreter "
             "that has maxtext, google-tunix and qwix"
+        )
+    if chosen & {*TORCH_RIVALS} and not arguments.torch_python:
+        raise UserError(
+            "--torch-python is empty: name an interpreter that has torch, transformers "
+            "and peft, such as .venv-torch/bin/python after `make bench`"
         )
     return arguments
 

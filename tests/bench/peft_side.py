@@ -20,7 +20,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ import peft
 import torch
 import transformers
 from random_rows import random_rows
+from steps_on_request import serve
 
 IGNORED_LABEL = -100
 
@@ -135,11 +136,10 @@ def attention_forms(model: Any, ids: torch.Tensor, autocast: bool) -> str:
     return ",".join(sorted(x.removeprefix(prefix) for x in found if prefix in x))
 
 
-def train_steps(
+def make_step(
     arguments: argparse.Namespace, model: Any, vocab: int
-) -> tuple[list[float], int, float, str]:
-    """Seconds of each counted step, the labels that count, the last loss, and SDPA's
-    forms."""
+) -> tuple[Callable[[], float], int, str]:
+    """A step that gives its loss, the labels that count, and SDPA's forms."""
     device = next(model.parameters()).device
     passes, counted = make_rows(arguments, vocab, device)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -147,9 +147,8 @@ def train_steps(
     optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0, fused=fused)
     autocast = arguments.adapters == "float32"
     forms = attention_forms(model, passes[0][0], autocast)
-    seconds, last = [], 0.0
-    for _ in range(arguments.warmup + arguments.steps):
-        begun = time.perf_counter()
+
+    def step() -> float:
         total = torch.zeros((), device=device)
         for ids, labels in passes:
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
@@ -168,8 +167,21 @@ def train_steps(
         last = total.item()
         if device.type == "cuda":
             torch.cuda.synchronize()
+        return last
+
+    return step, counted, forms
+
+
+def time_steps(
+    arguments: argparse.Namespace, step: Callable[[], float]
+) -> tuple[list[float], float]:
+    """Seconds of each counted step, and the last loss."""
+    seconds, last = [], 0.0
+    for _ in range(arguments.warmup + arguments.steps):
+        begun = time.perf_counter()
+        last = step()
         seconds.append(time.perf_counter() - begun)
-    return seconds[arguments.warmup :], counted, last, forms
+    return seconds[arguments.warmup :], last
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -197,6 +209,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=5, help="that count")
     add("--warmup", type=int, default=2, help="steps that do not count")
     add("--quantize", choices=("nf4", "int8"), default="", help="codes of the base")
+    add("--serve", action="store_true", help="steps on request, for jax_rivals.py")
     return parser.parse_args(argv)
 
 
@@ -214,24 +227,29 @@ def main() -> None:
     if device.type == "cuda":
         made_gb = peak_bytes(device) / 1e9
         torch.cuda.reset_peak_memory_stats()
-    vocab = model.config.vocab_size
-    seconds, counted, loss, forms = train_steps(arguments, model, vocab)
-    step_s, held_gb = statistics.median(seconds), peak_bytes(device) / 1e9
+    step, counted, forms = make_step(arguments, model, model.config.vocab_size)
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
     used = ["torch", "transformers", "peft"]
     used += ["bitsandbytes"] if arguments.quantize else []
-    found = {
+    about = {
         "device": name,
+        "attention": f"sdpa: {forms}",
+        "positions": counted,
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "versions": {name: metadata.version(name) for name in used},
+    }
+    if arguments.serve:
+        serve(step, about)
+        return
+    seconds, loss = time_steps(arguments, step)
+    step_s, held_gb = statistics.median(seconds), peak_bytes(device) / 1e9
+    found = about | {
         "tokens_per_s": arguments.rows * arguments.seq / step_s,
         "step_s": step_s,
         "seconds": seconds,
         "memory_gb": max(made_gb, held_gb),
         "step_gb": held_gb,
-        "attention": f"sdpa: {forms}",
-        "positions": counted,
-        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "loss": loss,
-        "versions": {name: metadata.version(name) for name in used},
     }
     print(json.dumps(found), flush=True)
 

@@ -3,7 +3,8 @@
     python tests/bench/quantised_base.py --data=dolly-15k.jsonl.gz
 
 The real model, real rows and the real step, see `step_sides.py`. A side is a value of
-`config.model.quantize`, and with `+KIND` of `config.lora.kind`, such as `nf4+qera`.
+`config.model.quantize`, and with `+KIND` of `config.lora.kind`, such as `nf4+qera`;
+`int8*` is int8 with `config.model.int8_products`.
 Prints for each the seconds of a step (median), its speed against the first side, the
 bytes of the frozen weights, those that the compiled step holds beside its arguments,
 and the held-out loss before the first and after the last step: by how much it is above
@@ -28,8 +29,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", default="configs/finetune_dolly.py")
     add("--data", default="", help="rows; by default those of the config")
-    add("--sides", default="none,int8,nf4", help="values of config.model.quantize, "
-        "each with +KIND for another config.lora.kind")  # fmt: skip
+    add("--sides", default="none,int8,nf4", help="values of config.model.quantize, or "
+        "int8*, each with +KIND for another config.lora.kind")  # fmt: skip
     add("--steps", type=int, default=20)
     add("--warmup", type=int, default=2, help="first steps, whose time does not count")
     add("--knob", action="append", default=[], metavar="PATH=VALUE")
@@ -46,7 +47,9 @@ def main(argv: Sequence[str]) -> None:
     configs = {}
     for side in arguments.sides.split(","):
         form, plus, kind = side.partition("+")
-        own = {"model.quantize": form} | ({"lora.kind": kind} if plus else {})
+        own: dict[str, Any] = {"model.quantize": form.removesuffix("*")}
+        own |= {"lora.kind": kind} if plus else {}
+        own |= {"model.int8_products": True} if form.endswith("*") else {}
         configs[side] = read_config(arguments.config, changes | own)
     report(*train_in_turn(configs, measures=True), arguments.warmup)
 

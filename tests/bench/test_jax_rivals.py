@@ -57,6 +57,7 @@ def test_ratios_are_of_the_steps_of_a_round(rivals):
     [
         (("--rivals=torch", "--rivals-python=python"), "--rivals has torch"),
         ((), "make bench-rivals"),
+        (("--rivals=peft",), "--torch-python is empty"),
     ],
 )
 def test_what_cannot_be_compared_is_said(rivals, flags, words):

@@ -19,13 +19,17 @@ from small_run import (
     small_config,
     small_hidden,
 )
+from step_definitions import OneLogitStep
 
-from research.config.run_config import LoRAConfig
+from research.config.run_config import Config, LoRAConfig, MeshConfig, ModelConfig
 from research.core.errors import UserError
 from research.export.exported_sources import open_source
 from research.export.write_model import write_model
 from research.formats.base_model import open_base
 from research.formats.load_parameters import load_base
+from research.models.presets import PRESETS
+from research.parallel import mesh as meshes
+from research.plan.abstract_step import make_abstract_step
 from research.runs import reopen as reopened
 from research.runs.answering.found_adapters import open_folder
 from research.runs.answering.open_for_answering import open_for_answering
@@ -34,9 +38,10 @@ from research.runs.metrics_file import read_metrics
 from research.runs.reopen import reopen
 from research.train import start_to_report
 from research.weights.adapters.adapter_registry import find_kind
-from research.weights.contraction import materialize
+from research.weights.contraction import contract, materialize
+from research.weights.parameter_spec import Spec
 from research.weights.quantized.block_codes import BlockMatrix
-from research.weights.quantized.int8_weights import Int8Matrix
+from research.weights.quantized.int8_weights import Int8Matrix, as_int8
 
 STEPS, KILLED = 4, 2
 MATRIX = "layers.attention.output.kernel"
@@ -68,6 +73,52 @@ def trained(small):
 
 def losses(folder):
     return [x["loss"] for x in read_metrics(folder) if x["kind"] == "train"]
+
+
+def test_products_of_bytes_are_for_training_alone():
+    spec = Spec((12, 1), ("embed", "mlp"))
+    codes = as_int8(jnp.linspace(0.0, 1.0, 12)[:, None], spec)
+    # Beside the first input, whose weight is 0, all others round to 0.
+    x = jnp.full((1, 12), 0.03).at[0, 0].set(10.0)
+    step = OneLogitStep(
+        lambda params, frozen, key: {"w": codes},
+        lambda weights, ids: jnp.broadcast_to(contract(x, weights["w"]), ids.shape),
+        int8_products=True,
+    )
+    logit = (np.float64(x) @ np.float64(materialize(codes))).item()
+    assert step.loss(0, 0) == pytest.approx(np.log(2.0), abs=1e-6)
+    # The target is the logit, and the other one is 0.
+    assert step.held_out() == pytest.approx(np.log1p(np.exp(-logit)), abs=1e-6)
+    assert logit > 0.1
+
+
+def test_a_model_with_experts_multiplies_no_bytes():
+    config = Config(
+        model=ModelConfig(init_from="planned", quantize="int8", int8_products=True)
+    )
+    mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
+    with pytest.raises(UserError, match=r"int8_products=True: this model has experts"):
+        make_abstract_step(config, PRESETS["mixtral-6m"], mesh)
+
+
+@pytest.mark.soak
+def test_products_of_bytes_train_on_every_mesh_and_in_a_pack_as_alone(small):
+    def config(name, **changes):
+        made = config_for(small, name, "int8", export=False, **changes)
+        model = dataclasses.replace(made.model, int8_products=True)
+        lora = dataclasses.replace(made.lora, full=())
+        return dataclasses.replace(made, model=model, lora=lora)
+
+    sizes = mesh_sizes(fsdp=4, tensor=2)
+    alone, spread = config("bytes"), config("bytes-spread", mesh=sizes)
+    packs = [config("bytes-0"), config("bytes-1", seed=1)]
+    for configs in ([alone], [spread], packs):
+        assert start_to_report.train(configs) == 0
+    expected = losses(Path(alone.run_dir))
+    assert expected[-1] < expected[0]
+    for found in (spread, packs[0]):
+        # A sum in another order may move an input across the border of two steps.
+        np.testing.assert_allclose(losses(Path(found.run_dir)), expected, rtol=2e-3)
 
 
 def test_the_doctor_proves_the_start_and_the_loss_falls(trained):

@@ -38,11 +38,17 @@ def make_step_definition(
     `objective` is what the step differentiates and reports.
 
     Raises:
-      UserError: rows, targets or dimensions do not fit the model or the mesh.
+      UserError: rows, targets or dimensions do not fit the model or the mesh, or a
+        model with experts is to multiply bytes.
     """
     _check_rows(config, base, mesh)
     rows, batch_size = config.data.rows_per_pass, config.data.batch_size
     meshes.require_whole_units(mesh, rows, objective.rows_per_unit, batch_size)
+    if config.model.int8_products and base.architecture.experts:
+        raise UserError(
+            "config.model.int8_products=True: this model has experts, whose products "
+            "have no form in bytes; set --config.model.int8_products=False"
+        )
     model = model_of_run(config.model, config.data, base.architecture, mesh)
     kept = kept_kinds(
         config.model.quantize, base.tensors, base.architecture, model.specs
@@ -60,6 +66,7 @@ def make_step_definition(
         offload=config.runtime.offload_optimizer,
         grad_norms=config.runtime.grad_norms,
         noise_alpha=config.optim.neftune_noise_alpha,
+        int8_products=config.model.int8_products,
     )
 
 

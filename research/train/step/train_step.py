@@ -16,6 +16,7 @@ from research.models.transformer import Model
 from research.parallel import mesh as meshes
 from research.train.step import optimizers
 from research.weights import parameter_paths
+from research.weights.quantized.int8_weights import with_byte_products
 from research.weights.representations.noisy_table import NoisyTable, noise_bounds
 from research.weights.trainable import Trainable
 
@@ -58,6 +59,8 @@ class StepDefinition:
       offload: the optimizer's state lies in the host's memory between updates.
       grad_norms: the step also gives the gradient norm of each parameter.
       noise_alpha: size of the noise on embeddings in training (NEFTune); 0 for none.
+      int8_products: training multiplies by the codes of a base in int8; evaluation
+        does not.
     """
 
     model: Model
@@ -69,6 +72,7 @@ class StepDefinition:
     offload: bool = False
     grad_norms: bool = False
     noise_alpha: float = 0.0
+    int8_products: bool = False
 
 
 def _sum_microbatches(
@@ -87,6 +91,8 @@ def _sum_microbatches(
 
         def objective(params):
             weights = definition.trainable.forward(params, frozen, key)
+            if definition.int8_products:
+                weights = with_byte_products(weights)
             if definition.noise_alpha:
                 weights = _with_noise(definition, weights, microbatch, key)
             return definition.objective.train(definition.model, weights, microbatch)

@@ -4,6 +4,7 @@ Symmetric, one scale for each output channel: `w = code * scale`, code in [-127,
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -38,6 +39,7 @@ class Int8Matrix(QuantizedMatrix):
       rounds_inputs: for decoding, which is bound by reading weights: products have the
         codes themselves as weights, and on a CPU inputs of eight bits. Such a matrix
         gives its inputs no gradient.
+      multiplies_bytes: for training, see `byte_product`.
     """
 
     codes: Array
@@ -45,6 +47,7 @@ class Int8Matrix(QuantizedMatrix):
     n_first: int = dataclasses.field(metadata={"static": True})
     flipped: bool = dataclasses.field(default=True, metadata={"static": True})
     rounds_inputs: bool = dataclasses.field(default=False, metadata={"static": True})
+    multiplies_bytes: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def form(self) -> str:
@@ -70,6 +73,8 @@ class Int8Matrix(QuantizedMatrix):
         return (self.codes[ids] * self.scale[ids][..., None]).astype(dtype)
 
     def contract(self, x: Array, n_in: int, dtype: Any) -> Array:
+        if self.multiplies_bytes and self.flipped:
+            return byte_product(x, self, n_in, dtype)
         if not (self.rounds_inputs and self.flipped):
             return super().contract(x, n_in, dtype)
         batch, inputs = x.shape[: x.ndim - n_in], math.prod(x.shape[x.ndim - n_in :])
@@ -128,6 +133,64 @@ class Int8Format:
 
 
 FORMAT = Int8Format()
+
+
+def with_byte_products(params: Any) -> Any:
+    """`params` whose matrices in int8 take part in products as `byte_product` has it.
+
+    A table of embeddings does not: rows are read from it, and the loss makes an array
+    of a head.
+    """
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, Int8Matrix):
+            return leaf
+        return dataclasses.replace(leaf, multiplies_bytes=True)
+
+    return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, Int8Matrix))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def byte_product(x: Array, w: Int8Matrix, n_in: int, dtype: Any) -> Array:
+    """`x` times the codes of `w`, with the inputs of each row in eight bits as well.
+
+    The gradient of the inputs is such a product, too: that of each row is multiplied by
+    the scales of the outputs and then rounded to bytes. `w` has no gradient, and
+    factors beside it are multiplied as always (SwitchBack: Wortsman et al. 2023,
+    arXiv:2304.13013, section 2.2). Sums of bytes are exact, so no mesh changes them.
+
+    Args:
+      x: `[*batch, *in]`.
+      w: a matrix without stacking axes, outputs first.
+      n_in: the number of summed axes.
+      dtype: of the result `[*batch, *out]`.
+    """
+    return _byte_product_forward(x, w, n_in, dtype)[0]
+
+
+def _byte_product_forward(x, w, n_in, dtype):
+    first = x.ndim - n_in
+    codes, scale = _rounded(x, tuple(range(first, x.ndim)))
+    # Products of plain matrices: with more axes a CPU takes twice as long.
+    inputs = math.prod(x.shape[first:])
+    codes = codes.reshape(*x.shape[:first], inputs)
+    y = _dot(codes, w.codes.reshape(-1, inputs), jnp.int32) * scale[..., None]
+    y = (y * jnp.expand_dims(w.scale.reshape(-1), range(first))).astype(dtype)
+    return y.reshape(*x.shape[:first], *w.scale.shape), (w, jnp.zeros(0, x.dtype))
+
+
+def _byte_product_backward(n_in, dtype, kept, d_y):
+    w, like = kept
+    first = d_y.ndim - w.scale.ndim
+    d_y = d_y * jnp.expand_dims(w.scale, range(first))
+    codes, scale = _rounded(d_y, tuple(range(first, d_y.ndim)))
+    codes = codes.reshape(*d_y.shape[:first], -1)
+    d_x = _dot(codes, w.codes.reshape(w.scale.size, -1).T, jnp.int32)
+    d_x = (d_x * scale[..., None]).astype(like.dtype)
+    return d_x.reshape(*d_y.shape[:first], *w.codes.shape[w.scale.ndim :]), None
+
+
+byte_product.defvjp(_byte_product_forward, _byte_product_backward)
 
 
 def _rounded(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:

@@ -60,8 +60,10 @@ OTHER = {
 
 
 # There is one choice yet, so they cannot differ; steps exclude epochs, and training of
-# all weights excludes codes.
-SINGLE = {"data.source", "lora.kind", "epochs", "model.quantize"}
+# all weights excludes codes and products of bytes.
+SINGLE = {
+    "data.source", "lora.kind", "epochs", "model.quantize", "model.int8_products",
+}  # fmt: skip
 
 
 def other(path, value):

@@ -9,7 +9,7 @@ import jax
 
 from research.config.choices import DEQUANTISED
 from research.core.errors import UserError
-from research.export.trained_over import check, over
+from research.export.trained_over import check, over, require_own_codes
 from research.formats.export_format import ExportedModel, ExportFormat, ExportOptions
 from research.formats.peft.find_adapter import names_adapter
 from research.formats.proof.proof_tokens import ProofRows
@@ -124,6 +124,7 @@ class _RunSource:
         # The newest step may turn out to be damaged.
         found = agreement.together(lambda: saved_step(self._of_run, step))
         self._number = agreement.of_first(found)
+        require_own_codes(self._of_run.config().lora.kind, base, formats)
         check(base, self._of_run.config().model.quantize, formats)
 
     @property

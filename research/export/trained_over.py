@@ -12,6 +12,7 @@ from research.runs.answering.found_adapters import same_numbers
 from research.runs.answering.int8_base import mean_loss, texts_to_measure
 from research.runs.reopen import ReopenedRun
 from research.weights import trainable
+from research.weights.adapters.adapter_registry import find_kind
 
 
 def check(base: str, form: str, formats: Sequence[str]) -> None:
@@ -39,6 +40,26 @@ def check(base: str, form: str, formats: Sequence[str]) -> None:
             f"base model's own weights, and this run was trained over {form} codes: "
             "use --format=hf, which merges what was trained, or --base=original, which "
             "measures what the other weights cost"
+        )
+
+
+def require_own_codes(kind: str, base: str, formats: Sequence[str]) -> None:
+    """Refuses other weights under adapters that began with what codes have lost.
+
+    Args:
+      kind: of the adapters.
+      base, formats: as `check` has them.
+
+    Raises:
+      UserError: the adapters would lie over weights that have lost nothing.
+    """
+    alone = [f"--format={x}" for x in formats if not find_format(x).merges]
+    asked = ["--base=original"] * (base == ORIGINAL) + alone
+    if asked and find_kind(kind).reads_lost:
+        raise UserError(
+            f"adapters of kind {kind!r} began with what the codes of this run have "
+            f"lost, and {asked[0]} puts them over weights that have lost nothing: use "
+            "--format=hf or --format=gguf without --base, which merge what was trained"
         )
 
 

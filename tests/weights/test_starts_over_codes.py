@@ -12,6 +12,7 @@ from helpers import close, in_soak
 from research.config.run_config import LoRAConfig
 from research.core.errors import UserError
 from research.data.token_batch import Batch
+from research.export.trained_over import require_own_codes
 from research.train.step.input_directions import measure_directions
 from research.weights.adapters.adapter_registry import find_kind
 from research.weights.adapters.measured_inputs import InputDirections
@@ -123,3 +124,19 @@ def test_without_rows_there_is_no_start():
         find_kind("qera").init(
             jax.random.key(0), {"w": SPEC}, CONFIG, {"w": drawn(*SPEC.shape)}
         )
+
+
+@pytest.mark.parametrize("kind", ["loftq", "qera"])
+@pytest.mark.parametrize(
+    "base, formats, said",
+    [
+        ("original", ("hf",), "--base=original puts them over weights that have lost"),
+        ("dequantised", ("hf", "peft"), "--format=peft puts them"),
+        ("dequantised", ("gguf-adapter",), "--format=gguf-adapter puts them"),
+    ],
+)
+def test_they_lie_over_their_own_codes_alone(kind, base, formats, said):
+    with pytest.raises(UserError, match=f"{kind}.*{said}"):
+        require_own_codes(kind, base, formats)
+    require_own_codes(kind, "dequantised", ("hf", "gguf"))
+    require_own_codes("pissa", base, formats)

@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from abstract_slots import abstract_state
 from jax.sharding import Mesh
 
 from research.config.knob_groups import MeshConfig
@@ -122,12 +123,7 @@ def _engine_program(
     slots = SLOTS * meshes.batch_shards(mesh)
     decoder = SlotDecoder(model, None, slots, ROOM - 1, mesh=mesh, chunk=PROMPT)
     params = meshes.abstract_arrays(model.specs, mesh, jnp.bfloat16)
-    empty = decoder._empty
-    state = jax.tree.map(
-        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
-        jax.eval_shape(empty),
-        empty.lower().compile().output_shardings,
-    )
+    state = abstract_state(decoder)
     if program.kind == "decode":
         return decoder._decode.lower(params, state)
     given = np.zeros((2, PROMPT), np.int32)

@@ -9,9 +9,9 @@ import math
 import os
 import re
 
-import jax
 import jax.numpy as jnp
 import pytest
+from abstract_slots import abstract_state
 
 from research.config.knob_groups import MeshConfig
 from research.engine.slot_decoder import ACCELERATOR_ROUNDS, SlotDecoder
@@ -45,12 +45,7 @@ def compiled_decode(**sizes):
     model = Model(shape, Options(dtype=jnp.bfloat16))
     decoder = SlotDecoder(model, None, SLOTS, LENGTH, mesh=mesh)
     params = meshes.abstract_arrays(model.specs, mesh, jnp.bfloat16)
-    empty = decoder._empty
-    state = jax.tree.map(
-        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
-        jax.eval_shape(empty),
-        empty.lower().compile().output_shardings,
-    )
+    state = abstract_state(decoder)
     return decoder._decode.lower(params, state).compile().as_text(), mesh, state
 
 

@@ -221,6 +221,26 @@ def test_types_count_cores_where_google_does():
 
 
 @pytest.mark.parametrize(
+    "target, words",
+    [
+        ("tpu-vm", ("v6e-16", "v2-alpha-tpuv6e")),
+        ("gke", ("tpu-v6e-slice", "4x4")),
+        ("skypilot", ("tpu-v6e-16",)),
+    ],
+)
+def test_a_slice_of_v6e_is_launched(
+    tmp_path, fake, monkeypatch, cloud_job, target, words
+):
+    """https://cloud.google.com/tpu/docs/v6e and the pages that `tpu_slices` names."""
+    fake.git()
+    monkeypatch.chdir(tmp_path)
+    job = cloud_job("a", topology="v6e:4x4")
+    plan = find(target).plan([job], options_of(target))
+    text = "\n".join([*plan.files.values(), *map(str, plan.commands)])
+    assert [word for word in words if word not in text] == []
+
+
+@pytest.mark.parametrize(
     "target, more, chips",
     [
         ("tpu-vm", ("--type=v5litepod-16",), "v5e:4x4"),

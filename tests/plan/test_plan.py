@@ -249,6 +249,24 @@ def test_the_table_of_chips_is_that_of_the_running_devices():
     assert runtime.peak_flops(config) is None
 
 
+def test_figures_of_tpus_are_those_of_their_pages():
+    """https://cloud.google.com/tpu/docs/v5e, /v5p and /v6e: GB, GB/s, ports, GB/s.
+
+    A compiler leaves a little less memory. The last figure is of all ports of a chip
+    and of both directions; the table's links are those of the scaling book.
+    """
+    known = {
+        "v5e": (197e12, 16, 819, 4, 400),
+        "v5p": (459e12, 95, 2765, 6, 1200),
+        "v6e": (918e12, 32, 1638, 4, 800),
+    }
+    for name, (flops, memory, bandwidth, ports, all_links) in known.items():
+        chip = chips.CHIPS[name]
+        assert chip.flops == flops and chip.hbm_bandwidth == bandwidth * 1e9
+        assert 0.97 <= chip.hbm / (memory * chips.GIB) <= 1.01
+        assert 0.85 <= 2 * ports * chip.link / (all_links * 1e9) <= 1.0
+
+
 @pytest.mark.parametrize(
     ("text", "name", "count"),
     [

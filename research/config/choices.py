@@ -57,10 +57,12 @@ BASE_FORMAT_MODULES = {
     "none": "research.weights.representations.plain_array",
     "int8": "research.weights.quantized.int8_weights",
     "int4": "research.weights.quantized.int4_weights",
+    "int4_32": "research.weights.quantized.int4_32_weights",
     "nf4": "research.weights.quantized.nf4_weights",
     "nf4_16": "research.weights.quantized.nf4_16_weights",
     "keep": "research.weights.quantized.kept_codes",
 }
+KEEP = "keep"  # The one that is read as codes, where others are made of numbers.
 # The base under the adapters of an export, where a run has trained over codes.
 DEQUANTISED, ORIGINAL = EXPORT_BASES = "dequantised", "original"
 # The formats of `research.export`, by name.

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from research.config.choices import KEEP
 from research.config.field_names import name_sources, shell_flag
 from research.config.knobs import flat
 from research.core.errors import UserError, refuse
@@ -42,6 +43,9 @@ def _is_size(held_out: float) -> bool:
     return 0 <= held_out < 1 or (held_out >= 1 and held_out == int(held_out))
 
 
+# Values of `model.quantize` with which no codes are made.
+UNMADE = ("none", KEEP)
+
 RULES = (
     Rule(
         ("trainable", "model.quantize"),
@@ -54,6 +58,12 @@ RULES = (
         "products of bytes need a base in bytes: set --config.model.quantize=int8, or "
         "--config.model.int8_products=False",
         lambda c: not c.model.int8_products or c.model.quantize == "int8",
+    ),
+    Rule(
+        ("model.quantize", "model.quantize_paths"),
+        "the paths change the format of some matrices of a base that is rounded: set "
+        "--config.model.quantize=nf4, int4 or int8, or drop the paths",
+        lambda c: not c.model.quantize_paths or c.model.quantize not in UNMADE,
     ),
     Rule(
         ("lora.kind", "optim.rate_pattern"),
@@ -78,7 +88,7 @@ RULES = (
         lambda c: (
             c.trainable != "lora"
             or c.lora.kind not in ("loftq", "qera")
-            or c.model.quantize not in ("none", "keep")
+            or c.model.quantize not in UNMADE
         ),
     ),
     Rule(

@@ -44,9 +44,16 @@ class ModelConfig:
         "none",
         "how frozen matrices are stored while adapters train (QLoRA); none: arrays of "
         "dtype; int8: one byte a weight; nf4, int4: four bits, of which nf4 loses "
-        "less; nf4_16: nf4 with a scale for 16 inputs and not 64; keep: the codes that "
-        "the base is stored in, such as Q4_1 of GGUF",
+        "less; nf4_16: nf4 with a scale for 16 inputs and not 64; int4_32: equal steps "
+        "from the least of 32 inputs to the largest; keep: the codes that the base is "
+        "stored in, such as Q4_1 of GGUF",
         choices=BASE_FORMAT_MODULES,
+    )
+    quantize_paths: tuple[str, ...] = knob(
+        (),
+        "other formats of some frozen matrices, as ('pattern=format', ...) with any "
+        "value of model.quantize but keep, such as 'down_proj=int8'; the last match "
+        "wins",
     )
     int8_products: bool = knob(
         False,
@@ -84,6 +91,12 @@ class ModelConfig:
         "CPU",
         low=0,
     )
+
+    @property
+    def frozen_form(self) -> str:
+        """How frozen matrices are stored, such as `nf4` or `nf4 (down_proj=int8)`."""
+        others = ", ".join(self.quantize_paths)
+        return f"{self.quantize} ({others})" if others else self.quantize
 
 
 @dataclasses.dataclass(frozen=True)

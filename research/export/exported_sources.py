@@ -125,7 +125,7 @@ class _RunSource:
         found = agreement.together(lambda: saved_step(self._of_run, step))
         self._number = agreement.of_first(found)
         require_own_codes(self._of_run.config().lora.kind, base, formats)
-        check(base, self._of_run.config().model.quantize, formats)
+        check(base, self._of_run.config().model.frozen_form, formats)
 
     @property
     def identity(self) -> Mapping[str, str]:

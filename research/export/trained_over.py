@@ -20,7 +20,7 @@ def check(base: str, form: str, formats: Sequence[str]) -> None:
 
     Args:
       base: one of `EXPORT_BASES`.
-      form: `config.model.quantize` of the run.
+      form: `config.model.frozen_form` of the run.
       formats: names, see `find_format`.
 
     Raises:
@@ -72,13 +72,12 @@ def over(base: str, opened: ReopenedRun) -> tuple[ReopenedRun, str]:
     """
     if base == DEQUANTISED:
         return opened, ""
-    form = opened.config.model.quantize
+    form = opened.config.model.frozen_form
     texts = texts_to_measure(opened.folder.path, opened.base.tokenizer)
     before = mean_loss(opened.weights, opened.model, opened.mesh, texts)
     config = opened.config
-    plain = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, quantize="none")
-    )
+    model = dataclasses.replace(config.model, quantize="none", quantize_paths=())
+    plain = dataclasses.replace(config, model=model)
     specs = opened.model.specs
     split = trainable.make(plain.trainable, plain.model, plain.lora, specs)
     opened.frozen.clear()  # Room for the original weights.

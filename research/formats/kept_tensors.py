@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from research.config.choices import KEEP
 from research.core.errors import UserError
 from research.formats.tensor_file import CodedFile, TensorFile, require_finite
 from research.models.architecture import Architecture
@@ -17,7 +18,6 @@ from research.weights.quantized.block_kind import BlockKind, common_kind
 from research.weights.quantized.kept_codes import KeptMatrix, kept_parts
 from research.weights.quantized.quantized_matrix import is_quantizable
 
-KEEP = "keep"  # The value of `config.model.quantize`.
 SHORTEST = 8  # Inputs in a block; shorter ones have more scales than codes.
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from research.config.choices import KEEP
 from research.config.run_config import Config
 from research.core.errors import UserError
 from research.core.hub_access import is_hub
@@ -21,7 +22,6 @@ from research.core.local_paths import split_step
 from research.data.text.choose_tokenizer import open_tokenizer
 from research.data.token_batch import Batch
 from research.formats.base_model import Base, open_tensors
-from research.formats.kept_tensors import KEEP
 from research.formats.tensor_file import TensorFile
 from research.models.architecture import Architecture
 from research.models.presets import PRESETS, preset

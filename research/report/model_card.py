@@ -11,7 +11,8 @@ import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from research.config.choices import ROW_SOURCES
+from research.config.choices import KEEP, ROW_SOURCES
+from research.config.knob_groups import ModelConfig
 from research.config.knobs import flat
 from research.core.hub_access import HubAddress, is_hub
 from research.core.local_paths import public_name
@@ -150,11 +151,12 @@ def _system_fact(system: str) -> str:
 
 
 def _frozen_as_trained(knobs: Mapping[str, Any]) -> str:
-    form = knobs["model.quantize"]
-    if form == "none":
+    quantize, others = (knobs[f"model.{x}"] for x in ("quantize", "quantize_paths"))
+    if quantize == "none":
         return ""
     codes = "the codes of the base model's file"
-    if form != "keep":
+    if quantize != KEEP:
+        form = ModelConfig(quantize=quantize, quantize_paths=tuple(others)).frozen_form
         codes = f"{form} codes of the base model"
     return f"what {codes} stand for, over which the adapters were trained"
 

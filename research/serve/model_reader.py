@@ -68,7 +68,7 @@ class ModelReader:
             raise UserError(f"{hidden[0]} may not be read here")
         try:
             if task["kind"] == ADAPTER:
-                find_adapters(address, self.opened.base, self.opened.quantize)
+                find_adapters(address, self.opened.base, self.opened.frozen_form)
         except OSError as error:
             raise UserError(f"the run cannot be read: {error}") from error
 

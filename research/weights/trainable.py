@@ -22,7 +22,7 @@ from research.weights.adapters.measured_inputs import InputDirections
 from research.weights.parameter_spec import Spec
 from research.weights.quantized.block_kind import BlockKind
 from research.weights.quantized.kept_codes import kept_specs
-from research.weights.representations.frozen_base_format import find_format
+from research.weights.representations.frozen_base_format import formats_by_path
 from research.weights.representations.leaf import Matrix
 
 Array = jax.Array
@@ -141,14 +141,11 @@ def _make_adapters(
 ) -> Trainable:
     kind = find_kind(lora.kind)
     lora = with_own_patterns(lora, specs)
-    stored = find_format(model.quantize)
     adapters = kind.specs(specs, lora)
     full = _full(lora.full, specs)
     # Codes do not train: what is trained whole stays an array.
-    frozen_specs = {
-        path: spec if path in full else stored.specs(spec)
-        for path, spec in specs.items()
-    } | {
+    formats = formats_by_path(model.quantize, model.quantize_paths, specs, full)
+    frozen_specs = {path: formats[path].specs(spec) for path, spec in specs.items()} | {
         path: kept_specs(specs[path], codes)
         for path, codes in kept.items()
         if path not in full
@@ -178,7 +175,7 @@ def _make_adapters(
         return kind.measure(frozen, own, kind.settings(kind.ranks(own), lora))
 
     def store(path: str, weight: Array, spec: Spec) -> Matrix:
-        return weight if path in full else stored.store(weight, spec)
+        return formats[path].store(weight, spec)
 
     return Trainable(
         specs=adapters | full,

@@ -3,8 +3,9 @@
     python tests/bench/quantised_base.py --data=dolly-15k.jsonl.gz
 
 The real model, real rows and the real step, see `step_sides.py`. A side is a value of
-`config.model.quantize`, and with `+KIND` of `config.lora.kind`, such as `nf4+qera`;
-`int8*` is int8 with `config.model.int8_products`.
+`config.model.quantize`, then a `/` before each entry of `config.model.quantize_paths`,
+and a `+` before the `config.lora.kind`: `nf4/down_proj=int8/v_proj=int8+qera`; `int8*`
+is int8 with `config.model.int8_products`.
 Prints for each the seconds of a step (median), its speed against the first side, the
 bytes of the frozen weights, those that the compiled step holds beside its arguments,
 and the held-out loss before the first and after the last step: by how much it is above
@@ -29,8 +30,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", default="configs/finetune_dolly.py")
     add("--data", default="", help="rows; by default those of the config")
-    add("--sides", default="none,int8,nf4", help="values of config.model.quantize, or "
-        "int8*, each with +KIND for another config.lora.kind")  # fmt: skip
+    add("--sides", default="none,int8,nf4", help="with commas between: FORMAT or int8*, "
+        "each with /PATTERN=FORMAT for some matrices, and +KIND of adapters")  # fmt: skip
     add("--steps", type=int, default=20)
     add("--warmup", type=int, default=2, help="first steps, whose time does not count")
     add("--knob", action="append", default=[], metavar="PATH=VALUE")
@@ -46,8 +47,10 @@ def main(argv: Sequence[str]) -> None:
         changes["data.path"] = arguments.data
     configs = {}
     for side in arguments.sides.split(","):
-        form, plus, kind = side.partition("+")
+        forms, plus, kind = side.partition("+")
+        form, *others = forms.split("/")
         own: dict[str, Any] = {"model.quantize": form.removesuffix("*")}
+        own |= {"model.quantize_paths": tuple(others)}
         own |= {"lora.kind": kind} if plus else {}
         own |= {"model.int8_products": True} if form.endswith("*") else {}
         configs[side] = read_config(arguments.config, changes | own)

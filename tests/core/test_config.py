@@ -62,7 +62,8 @@ OTHER = {
 # There is one choice yet, so they cannot differ; steps exclude epochs, and training of
 # all weights excludes codes and products of bytes.
 SINGLE = {
-    "data.source", "lora.kind", "epochs", "model.quantize", "model.int8_products",
+    "data.source", "lora.kind", "epochs", "model.quantize", "model.quantize_paths",
+    "model.int8_products",
 }  # fmt: skip
 
 

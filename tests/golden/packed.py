@@ -5,7 +5,8 @@
     PYTHONPATH=.venv-torch/packed .venv-torch/bin/python tests/golden/packed.py --check
 
 Each file of `packed/` has the tensors of one module `m` and, as `read`, the matrix
-`[out, in]` that its library computes with. Rows of bitsandbytes are multiples of a
+`[out, in]` that its library computes with; those of bitsandbytes have the matrix that
+was rounded as `weight`. Rows of bitsandbytes are multiples of a
 block: its CPU kernels of 0.50.2 compute other numbers of rows that are not. Without
 `--check` the files are written.
 """
@@ -31,13 +32,14 @@ def matrix(dtype):
 
 
 def record_bitsandbytes(levels, nested, dtype):
+    weight = matrix(dtype)
     codes, state = bnb.quantize_4bit(
-        matrix(dtype), blocksize=64, quant_type=levels, compress_statistics=nested
+        weight, blocksize=64, quant_type=levels, compress_statistics=nested
     )
     parts = {f"m.weight.{name}": x for name, x in state.as_dict(packed=True).items()}
     read = bnb.dequantize_4bit(codes, state)
     kind = f"bitsandbytes_{levels}{'_nested' if nested else ''}"
-    return kind, {"m.weight": codes, **parts, "read": read}
+    return kind, {"m.weight": codes, **parts, "read": read, "weight": weight}
 
 
 def linear():

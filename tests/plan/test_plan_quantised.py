@@ -53,7 +53,8 @@ def test_the_shipped_configs_fit_the_chips_they_name(
 
 def test_planned_bytes_are_those_of_the_loaded_arrays(tmp_path):
     make_small_place(tmp_path)
-    config = small_config(tmp_path, "planned", 4, {"quantize": "nf4"})
+    model = {"quantize": "nf4", "quantize_paths": ("down_proj=int8", "key=none")}
+    config = small_config(tmp_path, "planned", 4, model)
     base = open_base(config.model.init_from)
     mesh = meshes.make_mesh(mesh_sizes(data=2, fsdp=2, tensor=2))
     step = abstract_step.make_abstract_step(config, base.architecture, mesh)
@@ -68,4 +69,8 @@ def test_planned_bytes_are_those_of_the_loaded_arrays(tmp_path):
     assert sum(held) == abstract_step.device_bytes(step.frozen)
     forms = parameter_paths.bytes_by_form(frozen)
     assert sum(forms.values()) == parameter_paths.nbytes(frozen)
-    assert forms["nf4"] > 20 * forms["float32"] and forms["int8"] > forms["float32"]
+    assert sorted(forms) == ["float32", "int8", "nf4"]
+    down = jax.tree.leaves(frozen["layers.mlp.down.kernel"])
+    key = frozen["layers.attention.key.kernel"]
+    assert forms["int8"] > parameter_paths.nbytes(down)
+    assert forms["float32"] > parameter_paths.nbytes(key)

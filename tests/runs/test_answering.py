@@ -131,7 +131,7 @@ def test_a_run_over_another_form_of_the_base_is_served_with_a_warning(
     found = open_for_answering(
         [over_codes[first], over_codes[second]], mesh=one_device()
     )
-    assert found.quantize == ("none" if first == "plain" else "nf4")
+    assert found.frozen_form == ("none" if first == "plain" else "nf4")
     for address in found.runs:
         found.read(address)
     warned = [line for line in caplog.messages if "its answers may differ" in line]

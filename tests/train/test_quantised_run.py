@@ -1,4 +1,4 @@
-"""A LoRA run over a base in NF4: its start, its resume, its meshes and its exports."""
+"""A LoRA run over NF4 and other codes: its start, resume, meshes and exports."""
 
 import dataclasses
 import json
@@ -45,6 +45,8 @@ from research.weights.quantized.int8_weights import Int8Matrix, as_int8
 
 STEPS, KILLED = 4, 2
 MATRIX = "layers.attention.output.kernel"
+PATHS = ("down_proj=int8", "query=none")
+FORM = f"nf4 ({', '.join(PATHS)})"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,8 @@ def small(tmp_path_factory):
 
 def config_for(small, name, quantize="nf4", kind="lora", **changes):
     lora = LoRAConfig(kind=kind, rank=2, targets=("attention", "mlp"), full=("norms",))
-    config = small_config(small, name, STEPS, {"quantize": quantize}, lora=lora)
+    model = {"quantize": quantize, "quantize_paths": PATHS if quantize == "nf4" else ()}
+    config = small_config(small, name, STEPS, model, lora=lora)
     return dataclasses.replace(config, **changes)
 
 
@@ -127,8 +130,8 @@ def test_the_doctor_proves_the_start_and_the_loss_falls(trained):
     numbers = found["parameters"].numbers
     forms = {x: n for x, n in numbers.items() if x.startswith("frozen_bytes/")}
     assert sum(forms.values()) == numbers["frozen_bytes"]
-    assert forms["frozen_bytes/nf4"] > forms["frozen_bytes/int8"] > 0
-    assert "in nf4, " in found["parameters"].text
+    assert {"frozen_bytes/nf4", "frozen_bytes/int8"} < forms.keys()
+    assert "in int8, " in found["parameters"].text
     assert losses(trained)[-1] < losses(trained)[0]
 
 
@@ -136,6 +139,9 @@ def test_a_killed_run_resumes_bit_for_bit_and_over_no_other_base(small, trained)
     killed = as_killed(trained, KILLED, small / "killed")
     with pytest.raises(UserError, match=r"model\.quantize: 'nf4' -> 'int8'"):
         train(small, "killed", "int8", export=False)
+    with pytest.raises(UserError, match=r"model\.quantize_paths: .*query=none"):
+        other = dataclasses.replace(reopen(trained).config.model, quantize_paths=())
+        train(small, "killed", export=False, model=other)
     train(small, "killed", export=False)
     history = json.loads((killed / "run.json").read_text())
     assert [start["first"] for start in history["starts"]] == [0, KILLED]
@@ -148,6 +154,8 @@ def test_every_mesh_and_command_has_the_same_base(small, trained):
     run, alone = reopen(trained), reopen(trained, one_device())
     assert isinstance(run.frozen[MATRIX], BlockMatrix)
     assert isinstance(run.frozen["head.kernel"], Int8Matrix)
+    assert isinstance(run.frozen["layers.mlp.down.kernel"], Int8Matrix)
+    assert isinstance(run.frozen["layers.attention.query.kernel"], jax.Array)
     assert len(run.frozen[MATRIX].codes.sharding.device_set) > 1
     jax.tree.map(np.testing.assert_array_equal, run.frozen, alone.frozen)
     expected = small_hidden(alone.model, alone.weights)
@@ -182,7 +190,10 @@ def test_an_export_says_which_base_it_adds_to(small, trained, caplog):
         write_model(str(trained), "latest", out, "", False, base=name)
         written = load_base(open_base(str(out)), run.model, run.mesh, jnp.float32, 0)
         close(written, kind.merge(base, factors, lora) | whole)
-        said = {"dequantised": "what nf4 codes", "original": "those of the base mode"}
+        said = {
+            "dequantised": f"what {FORM}",
+            "original": "those of the base mode",
+        }
         assert f"frozen weights: {said[name]}" in (out / "README.md").read_text()
     assert "codes over which the adapters were trained: the loss on" in caplog.text
     with pytest.raises(UserError, match="over the original base"):
@@ -196,7 +207,10 @@ def test_adapters_alone_are_written_over_the_base_that_tools_add_them_to(
     out = small / "adapter"
     write_model(str(trained), "latest", out, "", False, ["peft"], base="original")
     card = (out / "README.md").read_text()
-    assert re.search(r"not the nf4 codes.*loss on training rows is \d", card, re.DOTALL)
+    found = re.search(
+        r"not the (.*) codes.*loss on training rows is \d", card, re.DOTALL
+    )
+    assert found[1] == FORM
     folder = open_folder(str(out), str(small / "model"), is_exact=True)
     run = reopen(trained, one_device())
     original = load_base(run.base, run.model, run.mesh, jnp.float32, 0)
@@ -208,12 +222,14 @@ def test_adapters_alone_are_written_over_the_base_that_tools_add_them_to(
     # Refused before the checkpoint is read.
     monkeypatch.delattr(reopened.FoundRun, "load")
     for format in ("peft", "gguf-adapter"):
-        with pytest.raises(UserError, match=f"{format} writes .*nf4 codes.*format=hf"):
+        with pytest.raises(
+            UserError, match=f"{format} writes .*nf4 .* codes.*format=hf"
+        ):
             write_model(str(trained), "latest", out, "", False, ["hf", format])
     config = json.loads((trained / "config.json").read_text())
     for quantize, said in {"none": "original has no effect", "keep": ""}.items():
         copied = shutil.copytree(trained, small / f"as-{quantize}")
-        config["model"]["quantize"] = quantize
+        config["model"] |= {"quantize": quantize, "quantize_paths": []}
         (copied / "config.json").write_text(json.dumps(config))
         base = "dequantised" if quantize == "keep" else "original"
         with pytest.raises(UserError, match=said) if said else nullcontext():

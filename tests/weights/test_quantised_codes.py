@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import tracemalloc
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import TINY, close, in_soak, mesh_sizes, random_params
 from jax.sharding import PartitionSpec
+from safetensors.numpy import load_file
 
 from research.config.run_config import LoRAConfig, ModelConfig
 from research.core.errors import UserError
@@ -48,6 +50,7 @@ SHAPES = {
 }
 UP = "layers.mlp.up.kernel"
 FORMATS = ("int8", "int4", "nf4")
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def drawn(shape, seed=0):
@@ -103,6 +106,7 @@ def test_each_weight_is_within_half_a_gap_of_its_block(name, shape):
         ("nf4", "in"),
         ("int8", "table"),
         ("int4", "plain"),
+        ("int4_32", "in"),
         ("int8", "in"),
     ],
 )
@@ -195,7 +199,9 @@ def test_a_pack_of_runs_shares_one_matrix(name):
     close(jax.vmap(gradient)(x), jnp.stack([gradient(one) for one in x]))
 
 
-@pytest.mark.parametrize("name", ["nf4", *map(in_soak, ("int8", "int4", "nf4_16"))])
+@pytest.mark.parametrize(
+    "name", ["nf4", *map(in_soak, ("int8", "int4", "int4_32", "nf4_16"))]
+)
 def test_codes_are_the_same_on_every_mesh_and_so_is_the_model(name):
     model, form = Model(TINY), find_format(name)
     params = random_params(model.specs)
@@ -238,6 +244,40 @@ def test_scales_that_a_mesh_does_not_divide_stay_whole():
     with pytest.raises(UserError, match="does not divide"):
         odd = dataclasses.replace(spec, shape=(190, 8))
         meshes.shardings({"w": find_format("nf4").specs(odd)}, mesh)
+
+
+def test_steps_above_an_offset_are_those_of_a_file_that_has_them():
+    """Blocks of Q4_1 have codes 0 and 15, so their steps are found again."""
+    spec, rng = SHAPES["stacked"], np.random.default_rng(0)
+    blocks = 3, 4, 1, 40
+    codes = rng.integers(0, 16, (3, 4, 32, 40)).astype(np.float32)
+    codes[:, :, 5], codes[:, :, 9] = 0, 15
+    scales, offsets = (np.float32(rng.uniform(1, 3, blocks)) for _ in range(2))
+    weight = (codes * scales - 9 * offsets).reshape(spec.shape)
+    made = stored("int4_32", spec, weight)
+    packed = np.asarray(made.codes).reshape(3, 4, 16, 40)
+    np.testing.assert_array_equal(packed & 15, codes[:, :, 0::2])
+    np.testing.assert_array_equal(packed >> 4, codes[:, :, 1::2])
+    # Offsets lie between -27 and -9, and are in 255 steps, as scales are.
+    error = np.abs(materialize(made) - weight).max()
+    assert error < (18 / 2 + 15 * 2 / 2) / 255 * 1.01
+    drawn_error = {
+        name: np.linalg.norm(materialize(stored(name, spec, x)) - x)
+        for x in [drawn(spec.shape)]
+        for name in ("int4_32", "nf4_16", "nf4")
+    }
+    assert drawn_error["int4_32"] < 1.1 * drawn_error["nf4_16"] < drawn_error["nf4"]
+
+
+def test_nf4_loses_no_more_than_that_of_bitsandbytes():
+    """Which has blocks of 64 inputs, and scales in codes of 8 bits, too."""
+    tensors = load_file(GOLDEN / "packed/bitsandbytes_nf4_nested.safetensors")
+    weight, theirs = (np.float32(tensors[x]).T for x in ("weight", "read"))
+    spec = Spec(weight.shape, ("embed", "mlp"))
+    ours = materialize(stored("nf4", spec, jnp.asarray(weight)))
+    lost = np.linalg.norm(ours - weight), np.linalg.norm(theirs - weight)
+    assert 0.09 < lost[1] / np.linalg.norm(weight) < 0.1
+    assert lost[0] < 1.01 * lost[1]
 
 
 def test_small_and_odd_parameters():

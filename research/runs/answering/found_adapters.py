@@ -208,11 +208,11 @@ def base_of_folder(folder: Path) -> str:
 
 
 def find_adapters(
-    address: RunAddress, base: Base, quantize: str = "none"
+    address: RunAddress, base: Base, form: str = "none"
 ) -> FoundRun | FoundFolder:
     """The adapters of an address, which must be those of `base`.
 
-    `quantize` is the form of the base in memory, as `config.model.quantize` names it.
+    `form` is that of the base in memory, as `config.model.frozen_form` names it.
 
     Raises:
       UserError: it has another base, no such checkpoint, more than adapters, or
@@ -244,19 +244,19 @@ def find_adapters(
                 f"{identity[part][:12]}), and the base that is served is {base.name} "
                 f"({here[:12]}): serve the run by itself"
             )
-    found, own = find_run(address.folder, base), config.model.quantize
-    if found.trainable.kind.reads_lost and not same_numbers(own, quantize):
+    found, own = find_run(address.folder, base), config.model.frozen_form
+    if found.trainable.kind.reads_lost and not same_numbers(own, form):
         raise UserError(
             f"{folder} has adapters of kind {config.lora.kind!r}, which make up for "
             f"what {weights_text(own)} lack, and the base that is "
-            f"served is {weights_text(quantize)}: serve the run by itself and without "
+            f"served is {weights_text(form)}: serve the run by itself and without "
             "--model, or export it with --format=hf and serve that model"
         )
     return found
 
 
 def same_numbers(own: str, other: str) -> bool:
-    """Whether a base has the same numbers in two forms, see `config.model.quantize`.
+    """Whether a base has the same numbers in two forms, see `ModelConfig.frozen_form`.
 
     Codes that are kept stand for the very numbers of their file.
     """
@@ -264,11 +264,11 @@ def same_numbers(own: str, other: str) -> bool:
     return len(forms) == 1 or forms == {"none", "keep"}
 
 
-def weights_text(quantize: str) -> str:
+def weights_text(form: str) -> str:
     """The frozen weights of a form, for people."""
-    if quantize == "none":
+    if form == "none":
         return "the base model's own weights"
-    return f"{quantize} codes"
+    return f"{form} codes"
 
 
 def why_base(folder: RunDir) -> str:

@@ -117,7 +117,7 @@ class Answering:
       served_base: the model without an adapter.
       runs: of adapters, as the user named them; none is read yet.
       weights: the form of the base, see `in_form`.
-      quantize: as `config.model.quantize`, how the base was stored for its runs.
+      frozen_form: of the base for its runs, see `ModelConfig.frozen_form`.
     """
 
     base: Base
@@ -127,7 +127,7 @@ class Answering:
     served_base: ServedModel
     runs: tuple[RunAddress, ...]
     weights: str = PLAIN
-    quantize: str = "none"
+    frozen_form: str = "none"
 
     def read(
         self, address: RunAddress, number: int | None = None
@@ -143,14 +143,14 @@ class Answering:
             or the bank has no room for its ranks and targets.
           DamagedError: no checkpoint can be read.
         """
-        found = find_adapters(address, self.base, self.quantize)
-        if not same_numbers(found.config.model.quantize, self.quantize):
+        found = find_adapters(address, self.base, self.frozen_form)
+        if not same_numbers(found.config.model.frozen_form, self.frozen_form):
             logging.warning(
                 "%s was trained over %s and answers over %s here: its answers may "
                 "differ from those of its report",
                 address.name,
-                weights_text(found.config.model.quantize),
-                weights_text(self.quantize),
+                weights_text(found.config.model.frozen_form),
+                weights_text(self.frozen_form),
             )
         if isinstance(found, FoundFolder):
             step, adapters, newest = 0, found.read(self.mesh), ""
@@ -266,7 +266,7 @@ def open_for_answering(
         opened = _open_full_run(full[0], found_mesh)
     else:
         opened = _open_base(model, others, mesh, devices)
-    found = [find_adapters(x, opened.base, opened.quantize) for x in others]
+    found = [find_adapters(x, opened.base, opened.frozen_form) for x in others]
     opened = _in_form(opened, weights, of_runs[0].folder if of_runs else None)
     count = max(adapters, len(found))
     params = _with_bank(opened, found, count + spare, rank) if count else opened.params
@@ -337,7 +337,7 @@ def _open_base(
     base = first.base if first else open_named(name or base_of_folder(runs[0].folder))
     config = first.config.model if first else ModelConfig()
     for address in runs:  # Before any weight is read.
-        find_adapters(address, base, config.quantize)
+        find_adapters(address, base, config.frozen_form)
     specs = Model(base.architecture).specs
     mesh = mesh or shared_mesh(specs, devices)
     model = make_model(
@@ -351,7 +351,8 @@ def _open_base(
     if first and isinstance(prompts, PlainFormat):
         prompts = first.prompts_with("")  # So that it can be compared with the runs.
     served = ServedModel(BASE, base.name, "", None, 0, base.fingerprint, prompts)
-    return Answering(base, model, mesh, params, served, (), quantize=config.quantize)
+    form = config.frozen_form
+    return Answering(base, model, mesh, params, served, (), frozen_form=form)
 
 
 def _with_bank(

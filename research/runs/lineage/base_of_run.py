@@ -266,7 +266,7 @@ class RunTensors:
             "dtypes": [
                 model.dtype,
                 model.param_dtype,
-                "plain" if model.quantize == "none" else model.quantize,
+                "plain" if model.quantize == "none" else model.frozen_form,
             ],
             # A knob of a later version is at its default here. Where the adapters
             # began is no part of what they are.

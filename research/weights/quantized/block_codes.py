@@ -2,7 +2,8 @@
 
 The scales are in codes, too, of eight bits: "double quantization" of QLoRA (Dettmers
 et al. 2023, arXiv:2305.14314, section 3). A weight then takes 4.13 bits, and 4.52 where
-16 inputs share a scale.
+16 inputs share a scale. With an offset beside each scale, also in such a code, a block
+has its steps from its least weight to its largest, as in Q4_1 of llama.cpp.
 """
 
 import dataclasses
@@ -39,7 +40,9 @@ NF4_LEVELS = (
 )  # fmt: skip
 # Multiples of a seventh; -8/7 serves where a rounded scale is too small.
 INT4_LEVELS = tuple((code - 8) / 7 for code in range(16))
-LEVELS = {"nf4": NF4_LEVELS, "int4": INT4_LEVELS}
+# Above the offset of a block.
+INT4_32_LEVELS = tuple(float(code) for code in range(16))
+LEVELS = {"nf4": NF4_LEVELS, "int4": INT4_LEVELS, "int4_32": INT4_32_LEVELS}
 
 
 @jax.tree_util.register_dataclass
@@ -54,9 +57,12 @@ class BlockMatrix(QuantizedMatrix):
         in each, the first in the low bits.
       scales: uint8 codes of scales, a block of inputs in the place of the packed axis.
       ranges: `[*stack, groups, 2]` float32, the step between two scales, and the least
-        one, of each `GROUP` scales in the order in which they lie.
+        one, of each `GROUP` scales in the order in which they lie; `[..., 4]` with
+        those of offsets behind them.
       levels: a key of `LEVELS`.
       behind: the number of axes behind the packed one.
+      offsets: as `scales`, what is added to the levels of a block times its scale; or
+        None.
       flipped: see `QuantizedMatrix`.
     """
 
@@ -65,6 +71,7 @@ class BlockMatrix(QuantizedMatrix):
     ranges: Array
     levels: str = dataclasses.field(metadata={"static": True})
     behind: int = dataclasses.field(metadata={"static": True})
+    offsets: Array | None = None
     flipped: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
@@ -86,18 +93,25 @@ class BlockMatrix(QuantizedMatrix):
         return len(self.codes.shape) - 1 - self.behind
 
     def decode(self, dtype: Any) -> Array:
-        shape = self.scales.shape
-        count = math.prod(shape[self.stack :])
-        ranges = jnp.repeat(self.ranges, GROUP, -2)[..., :count, :]
-        ranges = ranges.reshape(*shape, 2)
-        scales = self.scales.astype(jnp.float32) * ranges[..., 0] + ranges[..., 1]
-        packed, size = self._packed, self.stored_shape[self._packed]
+        packed = self._packed
         ones = [1] * (packed + 1), [1] * self.behind
         shifts = jnp.array([0, 4], jnp.uint8).reshape(*ones[0], 2, *ones[1])
-        pairs = jnp.expand_dims(self.codes, packed + 1) >> shifts
-        values = choose_levels(pairs & jnp.uint8(15), LEVELS[self.levels])
-        scales = jnp.repeat(scales, size // shape[packed], packed)
-        return (values.reshape(self.stored_shape) * scales).astype(dtype)
+        pairs = jnp.expand_dims(self.codes, packed + 1) >> shifts & jnp.uint8(15)
+        scales = self._of_weights(self.scales, self.ranges[..., :2])
+        if self.offsets is None:
+            values = choose_levels(pairs, LEVELS[self.levels])
+            return (values.reshape(self.stored_shape) * scales).astype(dtype)
+        steps = pairs.astype(jnp.float32).reshape(self.stored_shape)
+        offsets = self._of_weights(self.offsets, self.ranges[..., 2:])
+        return (steps * scales + offsets).astype(dtype)
+
+    def _of_weights(self, codes: Array, ranges: Array) -> Array:
+        """The values of codes with a range for each `GROUP`, one for each weight."""
+        shape, packed = codes.shape, self._packed
+        count = math.prod(shape[self.stack :])
+        ranges = jnp.repeat(ranges, GROUP, -2)[..., :count, :].reshape(*shape, 2)
+        found = codes.astype(jnp.float32) * ranges[..., 0] + ranges[..., 1]
+        return jnp.repeat(found, self.stored_shape[packed] // shape[packed], packed)
 
     def decode_rows(self, ids: Array, dtype: Any) -> Array:
         return self.decode(dtype)[ids]
@@ -110,8 +124,8 @@ class BlockFormat:
     as much loss again as all layers do, for a small share of the bytes.
     """
 
-    def __init__(self, levels: str, block: int = BLOCK):
-        self.levels, self.block = levels, block
+    def __init__(self, levels: str, block: int = BLOCK, has_offsets: bool = False):
+        self.levels, self.block, self.has_offsets = levels, block, has_offsets
 
     def specs(self, spec: Spec) -> Spec | Int8Matrix | BlockMatrix:
         """A block is the largest divisor of the packed axis up to `block`.
@@ -127,7 +141,7 @@ class BlockFormat:
             raise UserError(
                 f"config.model.quantize={self.levels} packs two inputs in a byte, and "
                 f"a matrix {list(spec.shape)} has {size}: use --config.model.quantize="
-                "int8"
+                "int8, or give this matrix int8 with --config.model.quantize_paths"
             )
         block = next(n for n in range(min(self.block, size), 0, -1) if size % n == 0)
         first = spec.stacked
@@ -141,14 +155,16 @@ class BlockFormat:
         scales = part(size // block, False)
         groups = -(-math.prod(scales.shape[first:]) // GROUP)
         ranges = Spec(
-            (*spec.shape[:first], groups, 2),
+            (*spec.shape[:first], groups, 4 if self.has_offsets else 2),
             (*spec.axes[:first], "groups", "groups"),
             0,
             first,
             dtype="float32",
         )
         behind = len(spec.shape) - 1 - packed
-        return BlockMatrix(part(size // 2, True), scales, ranges, self.levels, behind)
+        offsets = scales if self.has_offsets else None
+        codes = part(size // 2, True)
+        return BlockMatrix(codes, scales, ranges, self.levels, behind, offsets)
 
     def store(self, weight: Array, spec: Spec) -> Array | QuantizedMatrix:
         """`weight` in the nearest codes; every mesh computes the same ones.
@@ -164,8 +180,17 @@ class BlockFormat:
         blocks = weight.reshape(
             *weight.shape[:packed], count, block, *weight.shape[packed + 1 :]
         )
-        largest = jnp.max(jnp.abs(blocks), packed + 1)
+        offsets = None
+        if self.has_offsets:
+            least = jnp.min(blocks, packed + 1)
+            largest = (jnp.max(blocks, packed + 1) - least) / INT4_32_LEVELS[-1]
+            offsets, of_offsets, least = _code_scales(least, spec.stacked)
+            blocks -= jnp.expand_dims(least, packed + 1)
+        else:
+            largest = jnp.max(jnp.abs(blocks), packed + 1)
         codes, ranges, scales = _code_scales(largest, spec.stacked)
+        if self.has_offsets:
+            ranges = jnp.concatenate([ranges, of_offsets], -1)
         scaled = blocks / jnp.maximum(jnp.expand_dims(scales, packed + 1), SMALLEST)
         nearest = _nearest(scaled, self.levels).reshape(
             *weight.shape[:packed], -1, 2, *weight.shape[packed + 1 :]
@@ -174,7 +199,11 @@ class BlockFormat:
             jax.lax.index_in_dim(nearest, i, packed + 1, keepdims=False) for i in (0, 1)
         )
         return dataclasses.replace(
-            like, codes=low | (high << 4), scales=codes, ranges=ranges
+            like,
+            codes=low | (high << 4),
+            scales=codes,
+            ranges=ranges,
+            offsets=offsets,
         )
 
 
@@ -190,7 +219,7 @@ def _blocks(like: BlockMatrix) -> tuple[int, int]:
 
 
 def _code_scales(scales: Array, stack: int) -> tuple[Array, Array, Array]:
-    """Positive scales as codes, their ranges, and the scales that these stand for."""
+    """Scales, or offsets, as codes, their ranges, and what these stand for."""
     shape = scales.shape
     flat = scales.reshape(*shape[:stack], -1)
     count = flat.shape[-1]
@@ -222,9 +251,10 @@ def choose_levels(codes: Array, levels: Sequence[float]) -> Array:
     Chosen by the four bits one after the other, which every device does in registers:
     on a CPU a lookup in a table takes twice as long.
     """
-    found = [jnp.float32(level) for level in levels]
+    # Not `jnp.where`: a loop over layers would make and hold an array of each level.
+    found = [jnp.broadcast_to(jnp.float32(level), codes.shape) for level in levels]
     for bit in range(4):
         is_set = (codes & (1 << bit)) != 0
         pairs = zip(found[::2], found[1::2], strict=True)
-        found = [jnp.where(is_set, one, zero) for zero, one in pairs]
+        found = [jax.lax.select(is_set, one, zero) for zero, one in pairs]
     return found[0]

@@ -30,8 +30,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", default="configs/finetune_dolly.py")
     add("--data", default="", help="rows; by default those of the config")
-    add("--sides", default="none,int8,nf4", help="with commas between: FORMAT or int8*, "
-        "each with /PATTERN=FORMAT for some matrices, and +KIND of adapters")  # fmt: skip
+    add("--sides", default="none,int8,nf4", help="with commas between: FORMAT, each "
+        "with /PATTERN=FORMAT for some matrices, and +KIND of adapters")  # fmt: skip
     add("--steps", type=int, default=20)
     add("--warmup", type=int, default=2, help="first steps, whose time does not count")
     add("--knob", action="append", default=[], metavar="PATH=VALUE")

@@ -171,7 +171,7 @@ class _TrainingPass:
                     step_fn=traced,
                     actions=self._actions(),
                     log=self._log,
-                    resume_clock=self._clock.resume,
+                    resume_clock=self._resume,
                     stop=self._stop,
                     requests=requests,
                     phases=self._phases,
@@ -185,6 +185,11 @@ class _TrainingPass:
                 for log in self._logs:
                     log.close()
         return done
+
+    def _resume(self) -> None:
+        """The next step begins, with the memory that actions have freed."""
+        runtime.return_free_memory()
+        self._clock.resume()
 
     @property
     def _keep(self) -> Callable[[Any], Any] | None:
@@ -204,6 +209,7 @@ class _TrainingPass:
         jax.block_until_ready(metrics)
         with self._clock.stopped():
             yield
+            runtime.return_free_memory()  # Both programs are compiled now.
 
     def _ends(self, step: int) -> bool:
         """Whether the losses end the run at `step`; runs that share a pack have all

@@ -1,5 +1,6 @@
 """Settings of the environment change no number, and a missing device is named."""
 
+import types
 from pathlib import Path
 
 import jax
@@ -54,3 +55,13 @@ def test_what_changes_numbers_is_compared_without_its_value(monkeypatch):
         two = provenance.shared_parts()
         assert len({str(x) for x in (before, one, two)}) == 3
         assert "secret" not in str(one)
+
+
+@pytest.mark.parametrize("library", ["glibc", "another"])
+def test_free_memory_is_returned_where_the_c_library_can(library, monkeypatch):
+    calls = []
+    functions = {"malloc_trim": calls.append} if library == "glibc" else {}
+    opened = types.SimpleNamespace(**functions)
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: opened)
+    runtime.return_free_memory()
+    assert calls == ([0] if library == "glibc" else [])

@@ -6,7 +6,8 @@ The real model, real rows and the real step, see `step_sides.py`. A side is a va
 `config.model.quantize`, then a `/` before each entry of `config.model.quantize_paths`,
 and a `+` before the `config.lora.kind`: `nf4/down_proj=int8/v_proj=int8+qera`; `int8*`
 is int8 with `config.model.int8_products`.
-Prints for each the seconds of a step (median), its speed against the first side, the
+Prints for each the seconds of a step (median), its speed against the first side, its
+CPU seconds against those of the first side (median of the pairs of steps), the
 bytes of the frozen weights, those that the compiled step holds beside its arguments,
 and the held-out loss before the first and after the last step: by how much it is above
 that of the first side, with one standard error of that over the held-out batches.
@@ -14,6 +15,7 @@ that of the first side, with one standard error of that over the held-out batche
 
 import argparse
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,9 +63,11 @@ def report(sides: Sequence[Side], batch: Any, warmup: int) -> None:
     first = sides[0]
     for side in sides:
         start, end = map(against, side.losses, first.losses)
+        pairs = zip(side.cpu_seconds[warmup:], first.cpu_seconds[warmup:], strict=True)
+        cpu = statistics.median(x / y for x, y in pairs)
         print(
             f"{side.name:8} {speed(first.seconds[warmup:], side.seconds[warmup:])}, "
-            f"loaded in {side.load_s:.1f} s, "
+            f"CPU seconds {cpu:.2f}, loaded in {side.load_s:.1f} s, "
             f"frozen {side.frozen_bytes / 1e6:.1f} MB "
             f"({side.frozen_bytes / first.frozen_bytes:.3f}), "
             f"temporary {side.temporary_bytes(batch) / 1e6:.0f} MB, held-out loss "

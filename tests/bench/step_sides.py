@@ -37,6 +37,7 @@ class Side:
       name: as it is printed.
       load_s: seconds in which its parameters were loaded.
       seconds: of each step so far.
+      cpu_seconds: those that CPUs gave to this process in each step.
       losses: of each `measure`, those of the held-out batches with their tokens.
     """
 
@@ -54,6 +55,7 @@ class Side:
         self._evaluate = train_step.jit_eval_step(definition)
         self._definition, self._task, self._config = definition, task, config
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.losses: list[list[tuple[float, int]]] = []
 
     @property
@@ -66,10 +68,11 @@ class Side:
         return compiled.memory_analysis().temp_size_in_bytes
 
     def train(self, batch: Any) -> None:
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         self._state, sums = self._step(self._state, self._frozen, batch)
         jax.block_until_ready((self._state, sums))
         self.seconds.append(time.perf_counter() - begun)
+        self.cpu_seconds.append(time.process_time() - cpu)
 
     def measure(self) -> None:
         """Adds the losses on the held-out rows to `losses`."""

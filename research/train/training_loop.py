@@ -6,7 +6,8 @@ pulled but not trained, and the devices never wait for a log to be written.
 
 There is one exception: an action at the start may keep a copy of the state that it
 needs, and then the first step is dispatched before it. So a first step that fails does
-so at once, and not after a long evaluation.
+so at once, and not after a long evaluation. Actions that keep no copy still go first,
+and so do all where a request must be answered with what they measure.
 """
 
 import contextlib
@@ -118,7 +119,7 @@ def run(
             for action in due:
                 action.settle()
             requests.answer(step)
-        if due:
+        if due or acts.put_off:
             resume_clock()
         try:
             batch = next(batches)
@@ -145,7 +146,7 @@ class _Acts:
     ):
         self._actions, self._first, self._phases = actions, first, phases
         self._later, self._beside = later, beside
-        self._put_off: list[tuple[Action, State]] = []
+        self.put_off: list[tuple[Action, State]] = []
 
     def run(
         self,
@@ -161,8 +162,9 @@ class _Acts:
             last = is_last(step)
             if not action.is_due(step, self._first, last, requested):
                 continue
-            if action.keep and step == self._first and not (ending or last):
-                self._put_off.append((action, action.keep(state)))
+            at_once = ending or last or requested
+            if action.keep and step == self._first and not at_once:
+                self.put_off.append((action, action.keep(state)))
                 continue
             self._later()
             with self._phases.during(action.phase):
@@ -172,12 +174,12 @@ class _Acts:
 
     def run_put_off(self, step: int, metrics: Any) -> None:
         """Runs those that were put off, once the step that gives `metrics` is made."""
-        if self._put_off:
+        if self.put_off:
             with self._beside(metrics):
-                for action, kept in self._put_off:
+                for action, kept in self.put_off:
                     with self._phases.during(action.phase):
                         action.run(step, kept)
-            self._put_off.clear()
+            self.put_off.clear()
 
 
 class _DelayedLog:

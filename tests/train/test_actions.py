@@ -6,6 +6,7 @@ import types
 import pytest
 
 from research.config.run_config import CheckpointConfig, Config, EvalConfig
+from research.runs.control.request_files import CHECKPOINT
 from research.runs.phase_timer import PhaseTimer
 from research.train import fit_runs, training_loop
 from research.train.metrics import throughput
@@ -57,9 +58,9 @@ def test_steps_are_saved_for_the_best_when_that_is_measured(
     assert ("evaluate", 5) not in {(x.phase, x.every) for x in one_pass._actions()}
 
 
-def events_of(*, first=0, total=2, ending=False):
+def events_of(*, first=0, total=2, ending=False, requested=()):
     """The acts of the loop, in order, with an action that keeps what it needs."""
-    events = []
+    events, resumed, asked = [], [], [frozenset(requested)]
 
     def update(state, batch):
         events.append(f"step from {state}")
@@ -86,12 +87,17 @@ def events_of(*, first=0, total=2, ending=False):
             )
         ],
         log=lambda step, *_: events.append(f"logs {step}"),
-        resume_clock=lambda: None,
+        resume_clock=lambda: resumed.append(len(events)),
         stop=types.SimpleNamespace(is_due=lambda: ending),
-        requests=types.SimpleNamespace(agreed=frozenset, answer=None),
+        requests=types.SimpleNamespace(
+            agreed=lambda: asked.pop() if asked else frozenset(),
+            answer=lambda step: events.append(f"answers at {step}"),
+        ),
         phases=PhaseTimer(),
         beside=beside,
     )
+    if "step from 0" in events:  # The clock starts again just before it.
+        assert resumed == [events.index("step from 0")]
     return events
 
 
@@ -106,6 +112,13 @@ def test_the_first_step_goes_before_what_keeps_the_state_at_the_start():
 def test_an_action_at_the_start_runs_at_once_where_no_step_follows(without):
     first = without.get("first", 0)
     assert events_of(**without) == [f"evaluates {first} at {first}"]
+
+
+def test_a_checkpoint_that_is_asked_for_at_the_start_has_its_loss():
+    assert events_of(requested=[CHECKPOINT]) == [
+        "evaluates 0 at 0", "answers at 0", "step from 0",
+        "step from 1", "logs 1", "logs 2", "evaluates 2 at 2",
+    ]  # fmt: skip
 
 
 def test_time_while_the_clock_is_stopped_is_no_part_of_a_step(monkeypatch):

@@ -174,7 +174,8 @@ def _examine_adapters(
     starts = differing == 0 or (moved < rounding and not kind.is_exact)
     how = f" by rounding ({moved:.1e})" if differing and starts else ""
     if kind.reads_lost and differing and not continued:
-        path, before, after = _recovered(base, definition, state.params, frozen)
+        path = min(filter(split.is_in_codes, adapters))
+        before, after = _recovered(base, definition, state.params, frozen, path)
         starts = after < before
         how = f", and bring {path} from {before:.3%} to {after:.3%} away from its file"
     return [
@@ -211,12 +212,12 @@ def _recovered(
     definition: StepDefinition,
     params: dict[str, Any],
     frozen: dict[str, Any],
-) -> tuple[str, float, float]:
-    """A path, and how far its codes are from the file without and with its adapter.
+    path: str,
+) -> tuple[float, float]:
+    """How far the codes of a path are from the file without and with its adapter.
 
     Both are shares of the norm of the weights in the file.
     """
-    path = min(definition.trainable.adapters(params))
     lost = lost_in_codes(definition, base, path, frozen[path])
     adapted = definition.trainable.forward(params, frozen, None)[path]
 
@@ -228,7 +229,7 @@ def _recovered(
 
     measured = jax.jit(over_stack(squares, adapted.scale.ndim))((lost, adapted))
     before, after, whole = (float(jnp.sqrt(jnp.sum(x))) for x in measured)
-    return path, before / whole, after / whole
+    return before / whole, after / whole
 
 
 def _examine_full(definition: StepDefinition) -> list[Finding]:

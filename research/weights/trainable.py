@@ -21,8 +21,8 @@ from research.weights.adapters.adapter_registry import find_kind
 from research.weights.adapters.measured_inputs import InputDirections
 from research.weights.parameter_spec import Spec
 from research.weights.quantized.block_kind import BlockKind
+from research.weights.quantized.formats_by_path import formats_by_path
 from research.weights.quantized.kept_codes import kept_specs
-from research.weights.representations.frozen_base_format import formats_by_path
 from research.weights.representations.leaf import Matrix
 
 Array = jax.Array
@@ -83,6 +83,10 @@ class Trainable:
     def adapters(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The factors among `params`, or the specs of factors among `specs`."""
         return {path: x for path, x in params.items() if path not in self.full}
+
+    def is_in_codes(self, path: str) -> bool:
+        """Whether the frozen parameter at `path` is stored as codes."""
+        return not isinstance(self.frozen_specs[path], Spec)
 
     def used(self, frozen: Mapping[str, Any]) -> dict[str, Any]:
         """The frozen parameters in whose place no trained one stands."""

@@ -80,9 +80,14 @@ class TwoMatrices:
 OVER_CODES = ("loftq", "qera")
 
 
-def make_job(kind, model):
-    """A definition, a base and adapters at their start."""
-    coded = {"quantize": "int8"} if kind in OVER_CODES else {}
+def make_job(kind, model, arrays=()):
+    """A definition, a base and adapters at their start; `arrays` are in no codes."""
+    coded = {}
+    if kind in OVER_CODES:
+        coded = {
+            "quantize": "int8",
+            "quantize_paths": tuple(f"{x}=none" for x in arrays),
+        }
     lora = LoRAConfig(rank=2, kind=kind, targets=("layers",))
     config = Config(lora=lora, model=ModelConfig(dtype="float32", **coded))
     mesh = meshes.make_mesh(MeshConfig(data=1), jax.devices()[:1])
@@ -135,6 +140,21 @@ def failed(*args):
 def test_fresh_adapters_pass(lora_job):
     definition, base, adapters = lora_job
     assert failed(definition, train_step.init_state(definition, adapters), base) == []
+
+
+def test_a_start_from_codes_passes_where_the_first_target_has_none(monkeypatch):
+    model = Model(TINY)
+    definition, base, adapters = make_job("loftq", model, arrays=["key"])
+    weights = random_params(model.specs)
+    monkeypatch.setattr(
+        doctor,
+        "lost_in_codes",
+        lambda definition, files, path, codes: LostInCodes(weights[path], codes),
+    )
+    assert min(adapters) == "layers.attention.key.kernel"
+    assert not definition.trainable.is_in_codes(min(adapters))
+    state = train_step.init_state(definition, adapters)
+    assert failed(definition, state, base) == []
 
 
 # An array of each kind that may not start elsewhere.

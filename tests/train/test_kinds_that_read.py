@@ -127,6 +127,12 @@ def test_it_is_exported_and_served_as_lora(trained):
     [
         ("loftq", {}, {}, "loftq and qera start at what the codes of a base have"),
         ("qera", {"targets": ("embedding",)}, CODED["qera"], "qera starts at the inp"),
+        (
+            "loftq",
+            {},
+            {"quantize": "nf4", "quantize_paths": ("layers=none",)},
+            "loftq starts .* keeps each of its targets as an array: drop an entry",
+        ),
         ("eva", {"rslora": True}, {}, "EVA gives each matrix a rank of its own"),
         ("vera", {"targets": ("embedding",)}, {}, "vera has none for tables: drop"),
         (

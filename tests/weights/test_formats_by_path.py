@@ -45,6 +45,10 @@ def test_the_last_pattern_that_matches_counts():
     }
 
 
+def test_an_entry_that_a_later_one_replaces_need_not_suit():
+    assert forms("table=nf4", "table=none")[TABLE] == "none"
+
+
 def test_a_scale_for_16_inputs_is_a_format_of_one_matrix():
     plain, other = (frozen(*x)[KEY].scales for x in ((), ("key=nf4_16",)))
     assert math.prod(other.shape) == 4 * math.prod(plain.shape)

@@ -74,13 +74,25 @@ def require_new_start(config: Config, base: Base, definition: StepDefinition) ->
     """Refuses what only a run that has not begun is asked: older runs may have it.
 
     Raises:
-      UserError: a rank is above those of its matrix, or `keep` would keep no codes.
+      UserError: a rank is above those of its matrix, `keep` would keep no codes, or
+        none of the targets of LoftQ or QERA is in codes.
     """
     specs, quantize = definition.model.specs, config.model.quantize
     kept = kept_kinds(quantize, base.tensors, base.architecture, specs)
     require_kept(quantize, base.tensors, kept)
     if config.trainable == "lora":
         trainable.require_new_ranks(config.lora, specs)
+        _require_lost(config, definition.trainable)
+
+
+def _require_lost(config: Config, split: trainable.Trainable) -> None:
+    targets = split.specs.keys() - split.full
+    if split.kind.reads_lost and not any(map(split.is_in_codes, targets)):
+        raise UserError(
+            f"config.lora.kind={config.lora.kind} starts at what codes have lost, and "
+            f"config.model.quantize_paths={config.model.quantize_paths} keeps each of "
+            "its targets as an array: drop an entry, or set --config.lora.kind=lora"
+        )
 
 
 def _check_rows(config: Config, base: Base, mesh: Mesh) -> None:

@@ -73,8 +73,8 @@ def training(*job: str, **options: Any) -> jax.stages.Lowered:
 
 
 def evaluation() -> jax.stages.Lowered:
-    """The sums of held-out rows, with adapters over an NF4 base."""
-    step = make_step(quantize="nf4")
+    """The sums of held-out rows, with adapters over an int8 base."""
+    step = make_step(quantize="int8")
     rows = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), step.batch
     )
@@ -83,11 +83,11 @@ def evaluation() -> jax.stages.Lowered:
 
 
 def together() -> jax.stages.Lowered:
-    """DoRA runs of different ranks over one int8 base, in turn, as a CPU trains them.
+    """DoRA runs of different ranks over one NF4 base, in turn, as a CPU trains them.
 
     One program for three ideas, as compiling a step is most of what the guard costs.
     """
-    step = make_step(kind="dora", quantize="int8", shape=SHALLOW)
+    step = make_step(kind="dora", quantize="nf4", shape=SHALLOW)
     config, specs = step.config, step.definition.model.specs
     configs = [
         dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=rank))
@@ -141,8 +141,8 @@ def prefill() -> jax.stages.Lowered:
 PROGRAMS: dict[str, Callable[[], jax.stages.Lowered]] = {
     "LoRA step": training,
     "pre-training step": lambda: training("full", shape=SHALLOW),
-    "step of two DoRA runs over int8": together,
-    "evaluation step over NF4": evaluation,
+    "step of two DoRA runs over NF4": together,
+    "evaluation step over int8": evaluation,
     "decoding": decoding,
     "prefill": prefill,
 }

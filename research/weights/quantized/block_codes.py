@@ -139,7 +139,7 @@ class BlockFormat:
         size = spec.shape[packed]
         if size % 2:
             raise UserError(
-                f"codes of {self.levels} are two inputs in a byte, and "
+                f"{self.levels} packs two inputs in a byte, and "
                 f"a matrix {list(spec.shape)} has {size}: use --config.model.quantize="
                 "int8, or give this matrix int8 with --config.model.quantize_paths"
             )

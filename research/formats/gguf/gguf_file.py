@@ -172,6 +172,7 @@ class GGUFFile:
 def _dequantize(stored: np.ndarray, kind: Any) -> np.ndarray:
     """The numbers of rows of bytes, in float32 and in order.
 
+    Codes give `[blocks, weights of a block]`, and plain numbers their stored shape.
     The library takes 16 rows at a time, which for a matrix are so few numbers that most
     of the time goes into calls. Blocks are therefore regrouped into 16 long rows.
     """

@@ -280,8 +280,8 @@ def measure_matmul_flops(dtype: str) -> float:
 def return_free_memory() -> None:
     """Gives memory that C code has freed back to the system, on glibc and CPU devices.
 
-    An allocator that keeps everything keeps what a compilation and an evaluation have
-    freed in places where a step finds no room, and takes more for the step.
+    The Makefile's allocator keeps what a compilation or an evaluation has freed. Those
+    pieces are too small for the arrays of a step, which would take more memory instead.
     """
     if jax.local_devices()[0].platform == "cpu":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

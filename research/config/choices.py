@@ -1,10 +1,13 @@
 """The option lists that a knob and another room share: each name is written once.
 
 A registry in a later room has an entry for each name; tests/core/test_choices.py
-compares them.
+compares them. At the end is the spelling of `pattern=format`, which is shared as well.
 """
 
 import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
 
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -98,3 +101,40 @@ EXPERT_KERNELS = ("blocked", "ragged_dot", "tokamax")
 REMATS = ("none", "dots", "full")
 DTYPES = ("bfloat16", "float32")
 UNDECODABLE = ("stop", "skip", "replace")
+
+
+# Names between commas, which stand for as many patterns.
+LISTED = re.compile(r"[\w.-]+( *, *[\w.-]+)+")
+
+
+def listed_patterns(written: str) -> list[str]:
+    """The pattern `written`, or the several names that it holds between commas."""
+    several = LISTED.fullmatch(written)
+    return written.replace(" ", "").split(",") if several else [written]
+
+
+def split_entry(entry: str) -> tuple[str, str]:
+    """The pattern and the format of an entry of `config.model.quantize_paths`.
+
+    The pattern is "" if it names none.
+    """
+    pattern, _, form = entry.rpartition("=")
+    return pattern.strip(), form.strip()
+
+
+def normalised(entries: Sequence[str]) -> tuple[str, ...]:
+    """One spelling of all entries that mean the same for every model.
+
+    An entry has one pattern, an earlier one of the same pattern is gone, and neighbours
+    with one format are sorted. Those with different formats keep their order, as the
+    last match counts, and which matrices both match depends on the model.
+    """
+    last: dict[str, str] = {}
+    for pattern, form in map(split_entry, entries):
+        for one in listed_patterns(pattern):
+            last.pop(one, None)
+            last[one] = form
+    groups = itertools.groupby(last, key=last.__getitem__)
+    return tuple(
+        f"{pattern}={form}" for form, found in groups for pattern in sorted(found)
+    )

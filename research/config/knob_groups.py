@@ -16,6 +16,7 @@ from research.config.choices import (
     OPTIMIZERS,
     REMATS,
     SCHEDULES,
+    normalised,
 )
 from research.config.knobs import free_knob, knob
 
@@ -95,7 +96,7 @@ class ModelConfig:
     @property
     def frozen_form(self) -> str:
         """How frozen matrices are stored, such as `nf4` or `nf4 (down_proj=int8)`."""
-        others = ", ".join(self.quantize_paths)
+        others = ", ".join(normalised(self.quantize_paths))
         return f"{self.quantize} ({others})" if others else self.quantize
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from research.config.choices import normalised
 from research.config.data_knobs import (
     BY_SIZE,
     BY_SIZE_SINCE,
@@ -246,9 +247,15 @@ def differences(
       run: the run directory.
       alike: is applied to both sides, so that values that mean the same are equal.
     """
-    written = fixed_differences(alike(from_json(text)), alike(config))
+
+    def alike_all(config: Config) -> Config:
+        formats = normalised(config.model.quantize_paths)
+        model = dataclasses.replace(config.model, quantize_paths=formats)
+        return alike(dataclasses.replace(config, model=model))
+
+    written = fixed_differences(alike_all(from_json(text)), alike_all(config))
     here = with_absolute_paths(config, Path.cwd())
-    other_places = fixed_differences(alike(from_json(text, run)), alike(here))
+    other_places = fixed_differences(alike_all(from_json(text, run)), alike_all(here))
     return {name: written[name] for name in written if name in other_places}
 
 

@@ -1,8 +1,9 @@
 """The table of accelerators: peak FLOP/s, memory and bandwidths of one chip.
 
-FLOP/s are those of dense bf16 products that add up in float32, without sparsity. Data
-sheets often print twice that: for sparse matrices, and for consumer cards for products
-that add up in float16. A number without a source is 0, and nothing is claimed from it.
+FLOP/s are those of dense bf16 products that add up in float32, without sparsity, and
+those of products of bytes that add up in int32. Data sheets often print twice that: for
+sparse matrices, and for consumer cards for products that add up in float16. A number
+without a source is 0, and nothing is claimed from it.
 
 Sources, by the name in `Chip.source`:
   cloud    https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e: the tables of key
@@ -50,6 +51,7 @@ class Chip:
       source: the sources of the numbers, see the top of this file.
       capability: compute capability of a GPU, by which its kernels are chosen; words
         may follow that say where it is from.
+      int8_flops: dense products of int8, in the same unit as `flops`.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Chip:
     ring: int = 0
     source: str = ""
     capability: str = "0.0"
+    int8_flops: float = 0.0
 
     @property
     def platform(self) -> str:
@@ -85,38 +88,39 @@ CHIPS: Mapping[str, Chip] = {
         ),
         Chip(
             "v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 8.19e11, 4.5e10,
-            3.125e9, 8, SQUARES, 16, "cloud; book; libtpu",
+            3.125e9, 8, SQUARES, 16, "cloud; book; libtpu", int8_flops=394e12,
         ),
         Chip(
             "v5p", ("TPU v5", "TPU v5p"), 459e12, 95.73 * GIB, 2.765e12, 9e10, 6.25e9,
-            4, (*CUBES, "16x16x24"), 4, "cloud; book; libtpu",
+            4, (*CUBES, "16x16x24"), 4, "cloud; book; libtpu", int8_flops=918e12,
         ),
         Chip(
             "v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 31.24 * GIB, 1.638e12, 9e10,
-            1.25e10, 8, SQUARES, 16, "cloud; book; libtpu",
+            1.25e10, 8, SQUARES, 16, "cloud; book; libtpu", int8_flops=1836e12,
         ),
         # https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/
         # nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
         Chip(
             "a100-40", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 312e12,
             40e9, 1.555e12, 3e11, 2.5e10, 8,
-            source="A100 data sheet; dgx", capability="8.0",
+            source="A100 data sheet; dgx", capability="8.0", int8_flops=624e12,
         ),
         Chip(
             "a100-80", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 312e12,
             80e9, 2.039e12, 3e11, 2.5e10, 8,
-            source="A100 data sheet; dgx", capability="8.0",
+            source="A100 data sheet; dgx", capability="8.0", int8_flops=624e12,
         ),
         # https://resources.nvidia.com/en-us-gpu-resources/h100-datasheet-24306: 1,979
-        # TFLOP/s with sparsity; the PCIe card is slower and is not in this table.
+        # TFLOP/s and 3,958 TOP/s of int8 with sparsity; the PCIe card is slower and is
+        # not in this table.
         Chip(
             "h100", ("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 3.35e12, 4.5e11, 5e10, 8,
-            source="H100 data sheet; dgx", capability="9.0",
+            source="H100 data sheet; dgx", capability="9.0", int8_flops=1979e12,
         ),
-        # https://www.nvidia.com/en-us/data-center/h200: 1,979 TFLOP/s with sparsity.
+        # https://www.nvidia.com/en-us/data-center/h200: 1,979 and 3,958 with sparsity.
         Chip(
             "h200", ("NVIDIA H200",), 989e12, 141e9, 4.8e12, 4.5e11, 5e10, 8,
-            source="H200 data sheet; dgx", capability="9.0",
+            source="H200 data sheet; dgx", capability="9.0", int8_flops=1979e12,
         ),
         # https://resources.nvidia.com/en-us-dgx-systems/dgx-b200-datasheet: 36 PFLOP/s
         # with sparsity and 1,440 GB over eight GPUs.

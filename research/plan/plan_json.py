@@ -84,6 +84,8 @@ def _notes(plan: Plan) -> list[str]:
         "the peak is that of bfloat16; float32 products are slower": (
             plan.config.model.dtype == "float32"
         ),
+        f"products of bytes count as slow as those of bfloat16: how fast {chip.name} "
+        "does them is not known": bool(plan.flops.in_bytes) and not chip.int8_flops,
     }
     return [note for note, applies in notes.items() if applies]
 

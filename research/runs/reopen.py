@@ -153,7 +153,15 @@ class FoundRun(TrainedPrompts, StoredRun):
         if split.frozen_specs:
             frozen = load_frozen(base, model, mesh, split, config.seed)
         return ReopenedRun(
-            self.folder, number, config, base, model, mesh, split, params, frozen
+            folder=self.folder,
+            step=number,
+            config=config,
+            base=base,
+            model=model,
+            mesh=mesh,
+            trainable=split,
+            params=params,
+            frozen=frozen,
         )
 
     def restored(

@@ -51,9 +51,16 @@ def _export(run: TrainingRun, steps: int) -> None:
     definition, base, options = run.definition, run.base, ExportOptions()
     format = find_format("hf")
     opened = ReopenedRun(
-        run.folder, steps, run.config, base, definition.model, definition.mesh,
-        definition.trainable, run.state.params, run.frozen,
-    )  # fmt: skip
+        folder=run.folder,
+        step=steps,
+        config=run.config,
+        base=base,
+        model=definition.model,
+        mesh=definition.mesh,
+        trainable=definition.trainable,
+        params=run.state.params,
+        frozen=run.frozen,
+    )
     exported = exported_model(opened)
     card = format_card(
         run.folder,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.config.choices import listed_patterns
 from research.core.errors import UserError, nearest
 from research.weights.parameter_spec import Spec
 from research.weights.quantized.quantized_matrix import QuantizedMatrix
@@ -19,7 +20,6 @@ from research.weights.representations.leaf import Leaf
 # As in PEFT: all matrices but the embedding, the head, and the router of experts, which
 # is no linear layer in transformers 5.
 ALL_LINEAR, ROUTED = "all-linear", "choices"
-LISTED = re.compile(r"[\w.-]+( *, *[\w.-]+)+")
 
 
 def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
@@ -73,8 +73,7 @@ def own_patterns(
     """
     found = []
     for written in patterns:
-        several = LISTED.fullmatch(written)
-        for pattern in written.replace(" ", "").split(",") if several else [written]:
+        for pattern in listed_patterns(written):
             own = groups.get(pattern, pattern)
             expression = _compile(own)
             if any(expression.search(path) for path in specs):

@@ -6,8 +6,10 @@ The other commit is checked out into a folder of its own, with the environment o
 one. Each job has a process for each side, with equal settings. The two wait for each
 other: one step here, one step there, and in the next round the other side begins, so
 whatever else the machine does slows both. Prints a line for each job: the median of the
-ratios new / old over the rounds, and its 95 % interval. Exit code 1: a job is slower
-than --limit allows, and its whole interval is above 1, also when it is measured again.
+ratios new / old over the rounds, and its 95 % interval. A job ends when that is within
+--limit or slower for certain, after --rounds, or when its share of --minutes is over.
+Exit code 1: a job is slower than --limit allows, and its whole interval is above 1,
+also when it is measured again. Exit code 2: there was no time to measure a job.
 
 Without --against it is HEAD where files have changed since, else where this branch has
 left `main`, else the commit before HEAD.
@@ -15,13 +17,17 @@ left `main`, else the commit before HEAD.
 
 import argparse
 import contextlib
+import dataclasses
+import itertools
 import json
 import math
 import os
+import selectors
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,10 +35,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SIDE = Path(__file__).with_name("bench_guard_side.py")
 JOBS = ("lora", "pretrain", "decode")
 CONFIDENCE = 0.95
-# A job that is slower is measured again, in new processes: where the memory of one lies
-# can slow all of its steps.
-ATTEMPTS = 2
-FEWEST_ROUNDS = 6  # With fewer, no interval of the median has this confidence.
+# Rounds after which the figures may decide, and the rounds from one look to the next.
+FIRST_LOOK, BETWEEN_LOOKS = 8, 4
 
 
 def git(*words: str, folder: Path = ROOT) -> str:
@@ -71,6 +75,10 @@ def checked_out(commit: str) -> Iterator[Path]:
             git("worktree", "remove", "--force", str(folder))
 
 
+class OutOfTimeError(Exception):
+    """A job has had its share of `--minutes`."""
+
+
 class Side:
     """The process of one job in one folder, which takes a step when it is told to."""
 
@@ -87,12 +95,17 @@ class Side:
             text=True,
         )
 
-    def answer(self) -> float:
-        """Waits for one line: a JSON number.
+    def answer(self, over: float) -> float:
+        """Waits for one line, a JSON number, until the clock shows `over`.
 
         Raises:
           SystemExit: the process has ended.
+          OutOfTimeError: there is no line yet.
         """
+        with selectors.DefaultSelector() as ready:
+            ready.register(self._process.stdout, selectors.EVENT_READ)
+            if not ready.select(max(0.0, over - time.monotonic())):
+                raise OutOfTimeError
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)
@@ -101,72 +114,146 @@ class Side:
         end = self._errors.read()[-3000:]
         raise SystemExit(f"{self._name} ended with {self._process.returncode}:\n{end}")
 
-    def step(self) -> float:
+    def step(self, over: float) -> float:
         """Seconds of one step."""
         with contextlib.suppress(BrokenPipeError):  # `answer` says why.
             self._process.stdin.write("\n")
             self._process.stdin.flush()
-        return self.answer()
+        return self.answer(over)
 
     def close(self) -> None:
         self._process.kill()
-        self._process.communicate()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate()
         self._errors.close()
 
 
-def ratios(new: Side, old: Side, rounds: int) -> list[float]:
-    """Seconds of the new side by those of the old one, of each round."""
-    found = []
-    for number in range(rounds):
+def ratios(new: Side, old: Side, over: float) -> Iterator[float]:
+    """Seconds of the new side by those of the old one, round by round."""
+    for number in itertools.count():
         if number % 2:
-            before = old.step()
-            after = new.step()
+            before = old.step(over)
+            after = new.step(over)
         else:
-            after = new.step()
-            before = old.step()
-        found.append(after / before)
-    return found
+            after = new.step(over)
+            before = old.step(over)
+        yield after / before
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the median, by order statistics.
+def interval(values: Sequence[float], missed: float) -> tuple[float, float]:
+    """The interval that misses the median with a chance of `missed`, at most.
 
-    The number of values below the true median is binomial, whatever their distribution
-    (Conover, Practical Nonparametric Statistics, section 3.2).
+    By order statistics: the number of values below the true median is binomial,
+    whatever their distribution (Conover, Practical Nonparametric Statistics, section
+    3.2). With too few values it has no end.
     """
     ordered, count = sorted(values), len(values)
     left_out, tail = 0, 0.0
     while True:
         tail += math.comb(count, left_out) / 2**count
-        if tail > (1 - CONFIDENCE) / 2:
+        if tail > missed / 2:
             break
         left_out += 1
     if not left_out:
-        raise ValueError(f"{count} values: at least {FEWEST_ROUNDS} are needed")
+        return -math.inf, math.inf
     return ordered[left_out - 1], ordered[count - left_out]
 
 
-def judge(job: str, found: Sequence[float], limit: float) -> tuple[str, bool]:
-    """A line about a job, and whether it is slower than `limit` (0.05: 5 %) allows."""
-    middle, (low, high) = statistics.median(found), interval(found)
-    slower = middle > 1 + limit and low > 1
-    verdict = f"SLOWER by more than {limit:.0%}" if slower else "ok"
-    return (
-        f"{job}: {middle:.3f} of the time ({low:.3f} to {high:.3f}), {verdict}",
-        slower,
-    )
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Ratios new / old, and what follows from them.
+
+    Attributes:
+      limit: 0.05 allows 5 % more time.
+      missed: the chance with which the interval misses the true median.
+    """
+
+    found: Sequence[float]
+    limit: float
+    missed: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return interval(self.found, self.missed)
+
+    @property
+    def slower(self) -> bool:
+        low, _ = self.interval
+        return low > 1 and statistics.median(self.found) > 1 + self.limit
+
+    @property
+    def decided(self) -> bool:
+        """Further rounds would hardly change the verdict."""
+        return self.slower or self.interval[1] <= 1 + self.limit
+
+    @property
+    def measured(self) -> bool:
+        return math.isfinite(self.interval[0])
+
+    def __str__(self) -> str:
+        if not self.measured:
+            return f"NOT MEASURED, as it had time for {len(self.found)} rounds alone"
+        words = f"SLOWER by more than {self.limit:.0%}" if self.slower else "ok"
+        low, high = self.interval
+        middle = statistics.median(self.found)
+        return (
+            f"{middle:.3f} of the time ({low:.3f} to {high:.3f}, "
+            f"{len(self.found)} rounds), {words}"
+        )
 
 
-def compare(new: Path, old: Path, job: str, rounds: int) -> list[float]:
-    """The ratios of a job in two folders."""
-    with contextlib.ExitStack() as stack:
-        sides = []
-        for folder in (new, old):
-            side = Side(folder, job)
+def compare(
+    new: Path, old: Path, job: str, options: argparse.Namespace, over: float
+) -> Verdict:
+    """Measures a job in two folders until it is decided, or out of rounds or time.
+
+    Looking at the figures several times finds a difference by chance more often than
+    looking once, so each look has its share of what the last interval may miss
+    (Bonferroni).
+    """
+    looks = sorted({*range(FIRST_LOOK, options.rounds, BETWEEN_LOOKS), options.rounds})
+    missed = (1 - CONFIDENCE) / len(looks)
+    verdict, begun = Verdict((), options.limit, missed), time.monotonic()
+    with contextlib.ExitStack() as stack, contextlib.suppress(OutOfTimeError):
+        sides = [Side(folder, job) for folder in (new, old)]
+        for side in sides:
             stack.callback(side.close)
-            side.answer()  # One compiles after the other.
-            sides.append(side)
-        return ratios(*sides, rounds)
+        for side in sides:
+            side.answer(over)  # Both are warm.
+        said = time.monotonic()
+        tell(f"{job}: both sides are warm after {said - begun:.0f} s")
+        found: list[float] = []
+        for ratio in itertools.islice(ratios(*sides, over), options.rounds):
+            found.append(ratio)
+            verdict = dataclasses.replace(verdict, found=tuple(found))
+            if len(found) not in looks:
+                continue
+            a_round = (time.monotonic() - said) / len(found)
+            left = min((options.rounds - len(found)) * a_round, over - time.monotonic())
+            tell(f"{job}: {verdict}; at most {max(left, 0.0):.0f} s more")
+            if verdict.decided:
+                break
+    return verdict
+
+
+def tell(line: str) -> None:
+    """A line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def judge(
+    new: Path, old: Path, job: str, options: argparse.Namespace, over: float
+) -> Verdict:
+    """The verdict about a job; one that is slower is measured again, in new processes.
+
+    Where the memory of a process lies can slow all of its steps.
+    """
+    first = compare(new, old, job, options, over)
+    if not first.slower:
+        return first
+    tell(f"{job}: {first}; it is measured again")
+    again = compare(new, old, job, options, over)
+    return again if again.measured else first
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -176,34 +263,34 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--against", default="", help="commit, branch or tag; default: above")
     add("--jobs", default=",".join(JOBS), help=f"of {', '.join(JOBS)}")
-    add("--rounds", type=int, default=20, help="steps of each side that count")
+    add("--rounds", type=int, default=20, help="most steps of each side that count")
+    add("--minutes", type=float, default=15.0, help="of the whole, shared by the jobs")
     add("--limit", type=float, default=0.05, help="0.05: 5 %% slower is still allowed")
     options = parser.parse_args(argv)
     options.jobs = options.jobs.split(",")
     if unknown := {*options.jobs} - {*JOBS}:
         parser.error(f"--jobs: no {sorted(unknown)[0]}; there are {', '.join(JOBS)}")
-    if options.rounds < FEWEST_ROUNDS:
-        parser.error(f"--rounds={options.rounds}: at least {FEWEST_ROUNDS} are needed")
+    if options.rounds < FIRST_LOOK:
+        parser.error(f"--rounds={options.rounds}: at least {FIRST_LOOK} are needed")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 1 if any job is slower."""
+    """Returns the exit code: 1 if any job is slower, else 2 if one was not measured."""
     options = parse(argv)
+    over = time.monotonic() + 60 * options.minutes
     commit = git("rev-parse", "--short", options.against or other_commit())
     print(f"the working tree against {git('log', '-1', '--format=%h %s', commit)}")
-    code = 0
+    verdicts = []
     with checked_out(commit) as old:
-        for job in options.jobs:
-            for _ in range(ATTEMPTS):
-                found = compare(ROOT, old, job, options.rounds)
-                line, slower = judge(job, found, options.limit)
-                print(line, flush=True)
-                if not slower:
-                    break
-            else:
-                code = 1
-    return code
+        for number, job in enumerate(options.jobs):
+            now = time.monotonic()
+            share = (over - now) / (len(options.jobs) - number)
+            verdicts.append(judge(ROOT, old, job, options, now + share))
+            print(f"{job}: {verdicts[-1]}", flush=True)
+    if any(verdict.slower for verdict in verdicts):
+        return 1
+    return 0 if all(verdict.measured for verdict in verdicts) else 2
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from random_step import ROOT, read_config, value_of
-from step_sides import speed, train_in_turn
+from random_step import ROOT
+from step_sides import add_flags, read_sides, speed, train_in_turn
 
 from research.config import command_line
 from research.config.run_config import Config
@@ -60,30 +59,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_flags(parser)
     add = parser.add_argument
-    add("--config", default="configs/finetune_dolly.py")
-    add("--data", default="", help="rows; by default those of the config")
-    add("--steps", type=int, default=20, help="of each of our kinds")
-    add("--warmup", type=int, default=2, help="first steps, whose time does not count")
     add("--torch-python", default="", help="with PEFT; without it our side alone runs")
     add("--shape", default="smollm2-135m", help="preset of PEFT's model")
     add("--peft-steps", type=int, default=3, help="of each process, without the first")
     add("--rounds", type=int, default=2, help="processes of PEFT for each kind")
-    add("--knob", action="append", default=[], metavar="PATH=VALUE")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> None:
     arguments = parse(argv[1:])
-    given = dict(pair.partition("=")[::2] for pair in arguments.knob)
-    changes: dict[str, Any] = {knob: value_of(text) for knob, text in given.items()}
-    changes |= {"steps": arguments.steps}
-    if arguments.data:
-        changes["data.path"] = arguments.data
-    configs = {
-        kind: read_config(arguments.config, changes | {"lora.kind": kind})
-        for kind in KINDS
-    }
+    configs = read_sides(arguments, {kind: {"lora.kind": kind} for kind in KINDS})
     theirs: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for number in range(arguments.rounds if arguments.torch_python else 0):
         for kind in KINDS if number % 2 else KINDS[::-1]:

@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Sequence
 
-from random_step import RandomStep, read_config, value_of
+from random_step import RandomStep, add_knobs, knobs_of, read_config
 
 from research.config import command_line
 from research.models.architecture import Experts
@@ -37,17 +37,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--seq", type=int, default=256, help="tokens of a row")
     add("--steps", type=int, default=15, help="of each side that count")
     add("--warmup", type=int, default=2, help="steps that do not count")
-    add("--knob", action="append", default=[], metavar="PATH=VALUE")
+    add_knobs(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> None:
     options = parse(argv[1:])
-    given = dict(pair.partition("=")[::2] for pair in options.knob)
     changes = {
         "data.batch_size": options.rows,
         "data.seq_len": options.seq,
-        **{knob: value_of(text) for knob, text in given.items()},
+        **knobs_of(options.knob),
     }
     config = read_config("configs/pretrain_tiny.py", changes)
     runtime.start(config.runtime)

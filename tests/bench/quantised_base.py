@@ -19,8 +19,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from random_step import read_config, value_of
-from step_sides import Side, speed, train_in_turn
+from step_sides import Side, add_flags, read_sides, speed, train_in_turn
 
 from research.config import command_line
 
@@ -29,25 +28,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--config", default="configs/finetune_dolly.py")
-    add("--data", default="", help="rows; by default those of the config")
-    add("--sides", default="none,int8,nf4", help="with commas between: FORMAT, each "
-        "with /PATTERN=FORMAT for some matrices, and +KIND of adapters")  # fmt: skip
-    add("--steps", type=int, default=20)
-    add("--warmup", type=int, default=2, help="first steps, whose time does not count")
-    add("--knob", action="append", default=[], metavar="PATH=VALUE")
+    add_flags(parser)
+    parser.add_argument("--sides", default="none,int8,nf4",
+        help="with commas between: FORMAT, each with /PATTERN=FORMAT for some "
+        "matrices, and +KIND of adapters")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> None:
     arguments = parse(argv[1:])
-    given = dict(pair.partition("=")[::2] for pair in arguments.knob)
-    changes = {knob: value_of(text) for knob, text in given.items()}
-    changes |= {"steps": arguments.steps}
-    if arguments.data:
-        changes["data.path"] = arguments.data
-    configs = {}
+    sides = {}
     for side in arguments.sides.split(","):
         forms, plus, kind = side.partition("+")
         form, *others = forms.split("/")
@@ -55,7 +45,8 @@ def main(argv: Sequence[str]) -> None:
         own |= {"model.quantize_paths": tuple(others)}
         own |= {"lora.kind": kind} if plus else {}
         own |= {"model.int8_products": True} if form.endswith("*") else {}
-        configs[side] = read_config(arguments.config, changes | own)
+        sides[side] = own
+    configs = read_sides(arguments, sides)
     report(*train_in_turn(configs, measures=True), arguments.warmup)
 
 

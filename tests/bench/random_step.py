@@ -206,13 +206,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--documents", type=int, default=1, help="of each row, equally long")
     add("--steps", type=int, default=5, help="that count")
     add("--warmup", type=int, default=2, help="steps that do not count")
-    add(
-        "--knob",
-        action="append",
-        default=[],
-        metavar="PATH=VALUE",
-        help="any other knob of the config, as model.remat=full; may be repeated",
-    )
+    add_knobs(parser)
     add("--json", action="store_true", help="print the numbers for a program")
     arguments = parser.parse_args(argv)
     if min(arguments.steps, arguments.warmup, arguments.documents) < 1:
@@ -222,7 +216,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def value_of(text: str) -> Any:
+def add_knobs(parser: argparse.ArgumentParser) -> None:
+    """Adds `--knob=PATH=VALUE`, whose values are for `knobs_of`."""
+    parser.add_argument(
+        "--knob",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="any other knob of the config, as model.remat=full; may be repeated",
+    )
+
+
+def knobs_of(given: Sequence[str]) -> dict[str, Any]:
+    """Values of knobs by path, from `PATH=VALUE` each."""
+    pairs = (pair.partition("=") for pair in given)
+    return {path: _value_of(text) for path, _, text in pairs}
+
+
+def _value_of(text: str) -> Any:
     """A number, a bool or a tuple where `text` spells one, else the text."""
     try:
         return ast.literal_eval(text)
@@ -232,12 +243,11 @@ def value_of(text: str) -> Any:
 
 def main(argv: Sequence[str]) -> None:
     arguments = parse(argv[1:])
-    given = dict(pair.partition("=")[::2] for pair in arguments.knob)
     changes = {
         "data.batch_size": arguments.rows,
         "data.microbatch_size": arguments.micro,
         "data.seq_len": arguments.seq,
-        **{knob: value_of(text) for knob, text in given.items()},
+        **knobs_of(arguments.knob),
     }
     config = read_config(arguments.config, changes)
     runtime.start(config.runtime)

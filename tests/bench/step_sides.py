@@ -5,17 +5,19 @@ whatever else the machine does slows all of them. A side is a config; base model
 rows are those of the first one.
 """
 
+import argparse
 import functools
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jax
+from random_step import add_knobs, knobs_of, read_config
 
 from research.config.run_config import Config
 from research.evaluate.held_out_losses import add_up
@@ -90,6 +92,33 @@ class Side:
         groups, size = self._task.groups, self._task.held_out_bytes
         each = [add_up([one], groups, size, unit) for one in found]
         self.losses.append([(x.loss, sum(x.tokens.values())) for x in each])
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `read_sides`, and `--warmup`."""
+    add = parser.add_argument
+    add("--config", default="configs/finetune_dolly.py")
+    add("--data", default="", help="rows; by default those of the config")
+    add("--steps", type=int, default=20, help="of each side")
+    add("--warmup", type=int, default=2, help="first steps, whose time does not count")
+    add_knobs(parser)
+
+
+def read_sides(
+    arguments: argparse.Namespace, sides: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Config]:
+    """The config of each side by name, from the knobs by path that are its own.
+
+    Raises:
+      UserError: see `read_config`.
+    """
+    shared = knobs_of(arguments.knob) | {"steps": arguments.steps}
+    if arguments.data:
+        shared["data.path"] = arguments.data
+    return {
+        name: read_config(arguments.config, {**shared, **own})
+        for name, own in sides.items()
+    }
 
 
 def train_in_turn(configs: dict[str, Config], measures: bool) -> tuple[list[Side], Any]:

@@ -1,16 +1,21 @@
 """The logic of `make bench-guard`; its processes are played by small programs."""
 
 import contextlib
+import math
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 BENCH = Path(__file__).resolve().parent
 FAKE = """
 import os, pathlib, sys
 log = pathlib.Path(os.environ["GUARD_LOG"])
 name, seconds = pathlib.Path("name").read_text(), pathlib.Path("seconds").read_text()
+if name == "hangs":
+    sys.stdin.read()
 print(0, flush=True)
 for _ in sys.stdin:
     with log.open("a") as file:
@@ -41,16 +46,54 @@ def folders(guard, monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_both_sides_take_their_steps_in_turn(guard, folders):
-    found = guard.compare(folders / "n", folders / "o", "lora", 6)
-    assert found == pytest.approx([1.2] * 6)
-    assert (folders / "log").read_text() == "noonnoonnoon"
+@pytest.fixture
+def compare(guard, folders):
+    def call(*flags, seconds=2 * PATIENCE):
+        options = guard.parse(flags)
+        over = time.monotonic() + seconds
+        return guard.compare(folders / "n", folders / "o", "lora", options, over)
+
+    return call
 
 
-def test_a_side_that_fails_says_why(guard, folders):
+def test_both_sides_take_their_steps_in_turn(compare, folders):
+    assert compare().found == pytest.approx([1.2] * 8)
+    assert (folders / "log").read_text() == "noon" * 4
+
+
+def test_a_side_that_fails_says_why(compare, folders):
     (folders / "o" / "seconds").unlink()
     with pytest.raises(SystemExit, match=r"lora in .*/o ended with 1:[\s\S]*No such"):
-        guard.compare(folders / "n", folders / "o", "lora", 6)
+        compare()
+
+
+def test_a_job_ends_when_its_time_is_over(compare, folders):
+    (folders / "o" / "name").write_text("hangs")
+    verdict = compare(seconds=0.2)
+    assert not verdict.measured and not verdict.slower
+    assert str(verdict) == "NOT MEASURED, as it had time for 0 rounds alone"
+
+
+@pytest.mark.parametrize(
+    ("ratios", "rounds"),
+    [
+        ([1.0] * 20, 8),
+        ([1.2] * 20, 8),
+        ([0.9, 1.2, 0.9, *[1.2] * 17], 16),
+        ([0.9, 1.1] * 10, 20),
+    ],
+    ids=["as fast", "slower", "certain later", "never certain"],
+)
+def test_a_job_ends_when_it_is_decided(guard, compare, monkeypatch, ratios, rounds):
+    monkeypatch.setattr(guard, "ratios", lambda *_: iter(ratios))
+    assert len(compare().found) == rounds
+
+
+def test_several_looks_are_as_certain_as_one(guard, compare, monkeypatch):
+    monkeypatch.setattr(guard, "ratios", lambda *_: iter([0.9, 1.1] * 20))
+    looks = [8, 12, 16, 20]
+    assert compare("--rounds=20").missed == pytest.approx(0.05 / len(looks))
+    assert compare("--rounds=8").missed == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize(
@@ -65,17 +108,16 @@ def test_a_side_that_fails_says_why(guard, folders):
     ids=["slower", "within the limit", "faster", "not certain", "certain"],
 )
 def test_slower_is_what_is_above_the_limit_for_certain(guard, ratios, slower):
-    line, found = guard.judge("lora", ratios, 0.05)
-    assert found is slower
-    assert line.startswith("lora: ") and ("SLOWER" in line) is slower
+    verdict = guard.Verdict(ratios, 0.05, 0.05)
+    assert verdict.slower is slower
+    assert ("SLOWER" in str(verdict)) is slower
 
 
 def test_the_interval_is_that_of_order_statistics(guard):
     """A table of the sign test has ranks 6 and 15 for 20 values, 1 and 6 for six."""
-    assert guard.interval(range(1, 21)) == (6, 15)
-    assert guard.interval(range(1, 7)) == (1, 6)
-    with pytest.raises(ValueError, match="at least 6"):
-        guard.interval(range(5))
+    assert guard.interval(range(1, 21), 0.05) == (6, 15)
+    assert guard.interval(range(1, 7), 0.05) == (1, 6)
+    assert guard.interval(range(5), 0.05) == (-math.inf, math.inf)
 
 
 def test_the_other_commit_is_the_one_that_changes_came_after(guard, tmp_path):
@@ -103,26 +145,30 @@ def test_the_other_commit_is_the_one_that_changes_came_after(guard, tmp_path):
     assert guard.other_commit(tmp_path) == last
 
 
-@pytest.mark.parametrize("slower", [True, False])
+@pytest.mark.parametrize(
+    ("other", "minutes", "code", "said"),
+    [("1.0", 9, 1, "SLOWER"), ("1.2", 9, 0, "ok"), ("1.2", 0, 2, "NOT MEASURED")],
+)
 def test_the_exit_code_says_whether_a_job_is_slower(
-    guard, folders, monkeypatch, capsys, slower
+    guard, folders, monkeypatch, capsys, other, minutes, code, said
 ):
-    (folders / "o" / "seconds").write_text("1.0" if slower else "1.2")
+    (folders / "o" / "seconds").write_text(other)
     monkeypatch.setattr(guard, "ROOT", folders / "n")
     monkeypatch.setattr(guard, "git", lambda *words, **_: "abc")
     monkeypatch.setattr(
         guard, "checked_out", lambda commit: contextlib.nullcontext(folders / "o")
     )
-    assert guard.main(["--against=abc", "--jobs=lora", "--rounds=6"]) == int(slower)
-    assert len(capsys.readouterr().out.splitlines()) == (
-        1 + (guard.ATTEMPTS if slower else 1)
-    )
+    flags = ["--against=abc", "--jobs=lora", f"--minutes={minutes}"]
+    assert guard.main(flags) == code
+    printed = capsys.readouterr()
+    assert [said in line for line in printed.out.splitlines()] == [False, True]
+    assert ("it is measured again" in printed.err) is (code == 1)
 
 
 def test_a_job_that_is_slower_once_alone_passes(guard, folders, monkeypatch):
     other = contextlib.nullcontext(folders / "o")
     monkeypatch.setattr(guard, "git", lambda *words, **_: "abc")
     monkeypatch.setattr(guard, "checked_out", lambda commit: other)
-    found = iter([[1.5] * 6, [1.0] * 6])
+    found = iter([guard.Verdict([x] * 8, 0.05, 0.05) for x in (1.5, 1.0)])
     monkeypatch.setattr(guard, "compare", lambda *_: next(found))
-    assert guard.main(["--against=abc", "--jobs=lora", "--rounds=6"]) == 0
+    assert guard.main(["--against=abc", "--jobs=lora"]) == 0

@@ -242,6 +242,7 @@ def test_the_table_of_chips_is_that_of_the_running_devices():
         assert chips.by_device_kind(kind) is None
     for chip in chips.CHIPS.values():
         assert chip.source and chip.hbm and chip.link and chip.flops
+        assert not chip.int8_flops or 1.9 < chip.int8_flops / chip.flops < 2.1
         assert chip.platform == ("tpu" if chip.shapes else "gpu")
     config = Config().runtime
     assert runtime.peak_flops(dataclasses.replace(config, peak_tflops=2)) == 16e12
@@ -256,13 +257,14 @@ def test_figures_of_tpus_are_those_of_their_pages():
     and of both directions; the table's links are those of the scaling book.
     """
     known = {
-        "v5e": (197e12, 16, 819, 4, 400),
-        "v5p": (459e12, 95, 2765, 6, 1200),
-        "v6e": (918e12, 32, 1638, 4, 800),
+        "v5e": (197e12, 394e12, 16, 819, 4, 400),
+        "v5p": (459e12, 918e12, 95, 2765, 6, 1200),
+        "v6e": (918e12, 1836e12, 32, 1638, 4, 800),
     }
-    for name, (flops, memory, bandwidth, ports, all_links) in known.items():
+    for name, (flops, int8, memory, bandwidth, ports, all_links) in known.items():
         chip = chips.CHIPS[name]
-        assert chip.flops == flops and chip.hbm_bandwidth == bandwidth * 1e9
+        assert (chip.flops, chip.int8_flops) == (flops, int8)
+        assert chip.hbm_bandwidth == bandwidth * 1e9
         assert 0.97 <= chip.hbm / (memory * chips.GIB) <= 1.01
         assert 0.85 <= 2 * ports * chip.link / (all_links * 1e9) <= 1.0
 

@@ -91,6 +91,40 @@ def test_flops_of_a_step_and_what_remat_repeats():
     assert lora.recomputed == pytest.approx(again)
 
 
+@pytest.mark.parametrize("remat, passes", [("none", 2), ("dots", 2), ("full", 3)])
+def test_products_of_bytes_have_the_peak_of_bytes(remat, passes):
+    """Forward and back through the layers' int8 matrices; `down` is in bfloat16."""
+
+    def flops(**knobs):
+        config = big_config("lora", remat=remat)
+        model = dataclasses.replace(config.model, **knobs)
+        config = dataclasses.replace(config, model=model)
+        target = parse_device("h100:8")
+        mesh = meshes.make_mesh(config.mesh, target.devices())
+        step = abstract_step.make_abstract_step(config, EIGHT_B, mesh)
+        return count_step_flops(step)
+
+    paths = ("down_proj=none",)
+    plain = flops(quantize="int8", quantize_paths=paths)
+    found = flops(quantize="int8", quantize_paths=paths, int8_products=True)
+    assert plain.in_bytes == 0 and found.total == plain.total
+    a = EIGHT_B
+    weights = a.layers * (a.matrices_per_layer - a.embed * a.mlp)
+    assert found.in_bytes == 2 * passes * weights * 64 * 2048
+    slow = found.total - found.in_bytes
+    for name, devices, peaks in (
+        ("h100:8", 8, (989e12, 1979e12)),
+        ("v5e:4x4", 16, (197e12, 394e12)),
+        ("v4:2x2x1", 4, (275e12, 275e12)),  # It multiplies bytes no faster.
+    ):
+        target = parse_device(name)
+        seconds = (slow / peaks[0] + found.in_bytes / peaks[1]) / devices
+        line = roofline.make_roofline(found, 0.0, [], target, mesh_of(target))
+        assert line.compute == pytest.approx(seconds)
+        before = roofline.make_roofline(plain, 0.0, [], target, mesh_of(target))
+        assert before.compute == pytest.approx(plain.total / peaks[0] / devices)
+
+
 def gather(*members, nbytes=1600, times=1.0, kind="all-gather"):
     return Collective(kind, ("x",), nbytes, times, members)
 

@@ -142,7 +142,9 @@ def test_a_killed_run_resumes_bit_for_bit_and_over_no_other_base(small, trained)
     with pytest.raises(UserError, match=r"model\.quantize_paths: .*query=none"):
         other = dataclasses.replace(reopen(trained).config.model, quantize_paths=())
         train(small, "killed", export=False, model=other)
-    train(small, "killed", export=False)
+    same = ("down_proj=none", "query = none", "down_proj=int8", "query=none")
+    other = dataclasses.replace(reopen(trained).config.model, quantize_paths=same)
+    train(small, "killed", export=False, model=other)
     history = json.loads((killed / "run.json").read_text())
     assert [start["first"] for start in history["starts"]] == [0, KILLED]
     pairs = map(jax.tree.leaves, (reopen(killed).params, reopen(trained).params))

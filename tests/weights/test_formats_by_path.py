@@ -5,6 +5,7 @@ import math
 import pytest
 from helpers import TINY
 
+from research.config.choices import normalised
 from research.config.knobs import changed
 from research.config.run_config import Config, LoRAConfig, ModelConfig
 from research.core.errors import UserError
@@ -43,6 +44,30 @@ def test_the_last_pattern_that_matches_counts():
         "layers.attention.value.kernel": "none",
         TABLE: "none",
     }
+
+
+@pytest.mark.parametrize(
+    "written, others",
+    [
+        (("k_proj=int8", "v_proj=int8"), ["k_proj=int8", "q_proj=none"]),
+        (("v_proj , k_proj = int8",), ["k_proj=int8"]),
+        (("v_proj=int8", "k_proj=int8"), ["v_proj=int8", "k_proj=int4"]),
+        (("v_proj=none", "k_proj=int8", "v_proj=int8"), ["k_proj=int8", "v_proj=none"]),
+    ],
+    ids=["as it is", "a list and spaces", "another order", "one that is replaced"],
+)
+def test_what_means_the_same_has_one_form(written, others):
+    plain = ("k_proj=int8", "v_proj=int8")
+    assert forms(*written) == forms(*plain) != forms(*others)
+    named = [ModelConfig(quantize="nf4", quantize_paths=x).frozen_form
+             for x in (written, plain, tuple(others))]  # fmt: skip
+    assert named[0] == named[1] == "nf4 (k_proj=int8, v_proj=int8)" != named[2]
+
+
+def test_the_order_of_different_formats_counts():
+    found = [("mlp=int8", "down_proj=none"), ("down_proj=none", "mlp=int8")]
+    assert forms(*found[0]) != forms(*found[1])
+    assert [normalised(x) for x in found] == found
 
 
 def test_an_entry_that_a_later_one_replaces_need_not_suit():

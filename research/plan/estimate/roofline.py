@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from research.core.errors import look_up
+from research.parallel.chips import Chip
 from research.plan.estimate.step_flops import StepFlops
 from research.plan.planned_devices import PlannedDevices
 from research.plan.step_costs import Collective
@@ -21,7 +22,7 @@ class Roofline:
     """Seconds of one step on one device; 0 if the chip's speed is not known.
 
     Attributes:
-      compute: all products, recomputed ones included, at the chip's peak.
+      compute: all products, recomputed ones included, each kind at the chip's peak.
       hbm: reads and writes of the device's memory.
       ici: collectives inside a slice or host.
       dcn: collectives between slices or hosts.
@@ -95,11 +96,22 @@ def make_roofline(
             reach = _reach(members, target)
             ici += times * wire_bytes(kind, nbytes, inside, reach) / speed
     return Roofline(
-        compute=flops.total / (target.count * chip.flops) if chip.flops else 0.0,
+        compute=_seconds_of_products(flops, chip) / target.count,
         hbm=moved / chip.hbm_bandwidth if chip.hbm_bandwidth else 0.0,
         ici=ici,
         dcn=dcn,
     )
+
+
+def _seconds_of_products(flops: StepFlops, chip: Chip) -> float:
+    """Seconds in which one chip multiplies everything; 0 if its peak is not known.
+
+    Products of bytes count as slow as all others where theirs is not.
+    """
+    if not chip.flops:
+        return 0.0
+    slow = (flops.total - flops.in_bytes) / chip.flops
+    return slow + flops.in_bytes / (chip.int8_flops or chip.flops)
 
 
 def predict(

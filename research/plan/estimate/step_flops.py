@@ -1,10 +1,12 @@
 """FLOPs of a planned step: what the model needs, and what is computed twice."""
 
 import dataclasses
+import math
 
 from research.core.errors import look_up
 from research.plan.abstract_step import AbstractStep
 from research.train.metrics import throughput
+from research.weights.quantized.int8_weights import Int8Matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +19,14 @@ class StepFlops:
       waited: FLOPs that devices could do while they wait for the devices with the
         last part of each row, whose queries see the most keys; 0 without a context
         axis.
+      in_bytes: those of the above whose factors are both int8
+        (`config.model.int8_products`).
     """
 
     model: float
     recomputed: float
     waited: float = 0.0
+    in_bytes: float = 0.0
 
     @property
     def total(self) -> float:
@@ -51,7 +56,27 @@ def count_step_flops(step: AbstractStep) -> StepFlops:
         model=count.step(tokens, tokens, pairs),
         recomputed=again_per_token * tokens + again_per_pair * pairs,
         waited=uneven * (count.per_pair + again_per_pair) * pairs,
+        in_bytes=in_bytes(step) * tokens,
     )
+
+
+def in_bytes(step: AbstractStep) -> float:
+    """FLOPs of products of int8 for a token, those that remat repeats included.
+
+    They are the forward products of the layers' frozen int8 matrices and the gradients
+    of their inputs: `int8_weights.byte_product`. Factors beside them, attention and the
+    head are multiplied in `config.model.dtype`.
+    """
+    if not step.definition.int8_products:
+        return 0.0
+    frozen = step.definition.trainable.used(step.frozen)
+    weights = sum(
+        math.prod(leaf.codes.shape)
+        for path, leaf in frozen.items()
+        if isinstance(leaf, Int8Matrix) and step.definition.model.specs[path].stacked
+    )
+    passes = 3 if step.config.model.remat == "full" else 2
+    return 2.0 * passes * weights
 
 
 def recomputed(

@@ -118,7 +118,15 @@ class FoundFolder(TrainedPrompts):
         params = self.read(mesh)
         frozen = load_frozen(base, model, mesh, split, config.seed)
         return ReopenedRun(
-            self.folder, 0, config, base, model, mesh, split, params, frozen
+            folder=self.folder,
+            step=0,
+            config=config,
+            base=base,
+            model=model,
+            mesh=mesh,
+            trainable=split,
+            params=params,
+            frozen=frozen,
         )
 
 

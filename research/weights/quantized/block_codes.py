@@ -180,17 +180,16 @@ class BlockFormat:
         blocks = weight.reshape(
             *weight.shape[:packed], count, block, *weight.shape[packed + 1 :]
         )
-        offsets = None
+        offsets, others = None, []
         if self.has_offsets:
             least = jnp.min(blocks, packed + 1)
             largest = (jnp.max(blocks, packed + 1) - least) / INT4_32_LEVELS[-1]
-            offsets, of_offsets, least = _code_scales(least, spec.stacked)
+            offsets, *others, least = _code_scales(least, spec.stacked)
             blocks -= jnp.expand_dims(least, packed + 1)
         else:
             largest = jnp.max(jnp.abs(blocks), packed + 1)
         codes, ranges, scales = _code_scales(largest, spec.stacked)
-        if self.has_offsets:
-            ranges = jnp.concatenate([ranges, of_offsets], -1)
+        ranges = jnp.concatenate([ranges, *others], -1)
         scaled = blocks / jnp.maximum(jnp.expand_dims(scales, packed + 1), SMALLEST)
         nearest = _nearest(scaled, self.levels).reshape(
             *weight.shape[:packed], -1, 2, *weight.shape[packed + 1 :]

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from research.config.choices import BASE_FORMAT_MODULES, KEEP
+from research.config.choices import BASE_FORMAT_MODULES, KEEP, split_entry
 from research.core.errors import UserError
 from research.weights import parameter_paths
 from research.weights.parameter_spec import Spec
@@ -38,7 +38,7 @@ def formats_by_path(
         if is_quantizable(spec) and path not in arrays
     }
     for override in overrides:
-        pattern, _, other = override.rpartition("=")
+        pattern, other = split_entry(override)
         if not pattern or other not in known:
             raise UserError(
                 f"config.model.quantize_paths: {override!r} is not 'pattern=format' "
@@ -48,11 +48,11 @@ def formats_by_path(
         others |= dict.fromkeys(parameter_paths.select(matrices, own), other)
     for path, other in others.items():
         found[path] = find_format(other)
-        _require_own_codes(other, path, specs[path])
+        _require_format_as_named(other, path, specs[path])
     return found
 
 
-def _require_own_codes(name: str, path: str, spec: Spec) -> None:
+def _require_format_as_named(name: str, path: str, spec: Spec) -> None:
     of_bytes = int8_weights.FORMAT
     form = find_format(name)
     if form is not of_bytes and form.specs(spec) == of_bytes.specs(spec):

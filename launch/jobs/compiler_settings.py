@@ -3,7 +3,8 @@
 `default` sets those that suit every run and provably keep every number of a result. A
 setting that can change a number, or that nobody has shown not to, must be named to be
 set. `default` sets nothing for TPUs: libtpu already uses what Google suggests, the
-latency-hiding scheduler and the fusion of asynchronous all-gathers.
+latency-hiding scheduler and the fusion of asynchronous all-gathers. That fusion exists
+on v5e alone; `tpu-sparsecore-gather` hides the gathers of v5p and v6e.
 
 These changes keep every number: another order of the same instructions, another place
 or amount of memory, another way to move the same bytes. A setting that fuses, splits or

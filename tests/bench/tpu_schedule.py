@@ -7,6 +7,7 @@ Needs libtpu and no TPU (`make plan-check` installs it into `.venv-tpu`). A prog
 those of whole arrays, as `research.plan` counts them, per call: a training step, a
 chunk of a prompt, or one round of decoding. A collective is hidden if a product, a
 kernel or a loop runs between its start and its end, and bare if the chip waits for it.
+`--settings` compiles with settings of `python -m launch`, for programs of one chip.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
+from launch.jobs import compiler_settings
 from research.core.errors import UserError
 from research.plan.compiled.libtpu_environment import ENVIRONMENT
 
@@ -87,11 +89,27 @@ def show(result: dict[str, Any]) -> None:
         print(f"  copies of weights {shape}: {mib:,.1f} MiB")
 
 
+def _set(settings: str, chips: set[str]) -> None:
+    """Sets the environment of `settings` before libtpu reads it.
+
+    Raises:
+      SystemExit: there is no such setting, or it is not for the one chip.
+    """
+    if settings != "none" and len(chips) > 1:
+        raise SystemExit(f"--settings needs an --only of one chip, not {sorted(chips)}")
+    try:
+        found = compiler_settings.environment(chips.pop(), settings.split(","))
+    except UserError as error:
+        raise SystemExit(str(error)) from error
+    os.environ |= found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="programs with this in their name")
     parser.add_argument("--list", action="store_true", help="names of all programs")
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--settings", default="none", help="as of python -m launch")
     parser.add_argument("--out", help="also write a JSON line for each program")
     flags = parser.parse_args()
     os.environ |= ENVIRONMENT
@@ -100,6 +118,7 @@ def main() -> None:
     chosen = [program for program in PROGRAMS if flags.only in program.name]
     if not chosen:
         raise SystemExit(f"--only={flags.only!r} is in no name; --list prints them all")
+    _set(flags.settings, {program.topology.partition(":")[0] for program in chosen})
     for program in chosen:
         if flags.list:
             print(program.name)
@@ -108,6 +127,7 @@ def main() -> None:
             result = measure(program, flags.layers)
         except UserError as error:
             raise SystemExit(str(error)) from error
+        result["settings"] = flags.settings
         show(result)
         sys.stdout.flush()
         if flags.out:

@@ -207,6 +207,35 @@ def test_a_transfer_is_hidden_where_a_product_runs_between_its_ends(
     assert {each.kind for each in found.bare} == everything - hidden
 
 
+# A SparseCore is started, gets its operand later, and gathers meanwhile.
+OFFLOADED = """%offloaded (part.1: bf16[64,8]) -> bf16[64,32] {
+  %part.1 = bf16[64,8]{1,0} parameter(0)
+  ROOT %gather.2 = bf16[64,32]{1,0} all-gather(%part.1), channel_id=11, replica_groups=mesh['axis_0'=4,'axis_1'=4] {'axis_1'}, dimensions={1}, use_global_device_ids=true
+}, execution_thread="sparsecore"
+
+%condition ("""  # noqa: E501
+STARTED = """  %call-start = ((), (), (s32[8]{0:T(128)}, /*index=1*/s32[0]{0})) custom-call-start(), async_execution_thread="sparsecore", custom_call_target="offload", called_computations={%offloaded}
+  %call-update = ((bf16[64,8]{1,0}), bf16[64,32]{1,0}, (s32[8]{0:T(128)})) custom-call-update(%call-start, %shard), output_to_operand_aliasing={{2,0}: (0, {2,0})}
+  %call-done = bf16[64,32]{1,0} custom-call-done(%call-update)
+  %sent = """  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("before", "hidden"),
+    [("%call-start =", False), ("%call-update =", False), ("%call-done =", True)],
+)
+def test_a_gather_on_a_sparsecore_begins_when_it_gets_its_operand(
+    two_slices, before, hidden
+):
+    text = TPU_PROGRAM.replace("%condition (", OFFLOADED).replace("  %sent = ", STARTED)
+    text = text.replace(f"  {before}", f"{PRODUCT}  {before}")
+    found = read_schedule(hlo_text.parse(text), two_slices, [], unknown_trips=10)
+    where = found.hidden if hidden else found.bare
+    gathers = [x for x in where if (x.kind, x.axes) == ("all-gather", ("tensor",))]
+    # In both loops.
+    assert [(x.nbytes, x.times) for x in gathers] == [(64 * 32 * 2, 3), (4096, 10)]
+
+
 def test_copies_of_weights_into_another_order_are_found_by_their_sizes(two_slices):
     """For all layers or for one; copies of activations are not listed."""
     moved = (

@@ -12,15 +12,20 @@ import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from plan_helpers import EIGHT_B, ONE_B, big_config
 
+from launch.jobs.compiler_settings import SETTINGS
 from research.config.run_config import MeshConfig, from_config_dict
 from research.models.presets import PRESETS
 from research.parallel import mesh as meshes
 from research.plan import abstract_step, planner
-from research.plan.compiled import compile_step
+from research.plan.compiled import compile_step, hlo_text
 from research.plan.compiled.libtpu_environment import ENVIRONMENT
+from research.plan.compiled.schedule import read_schedule, total
 from research.plan.planned_devices import parse_topology
 
 pytestmark = [
@@ -214,3 +219,42 @@ def test_an_oversized_step_is_a_plan_that_does_not_fit(plan):
     assert made.memory is None and not made.fits
     arguments = 12 * made.trained
     assert arguments < made.needed < 3 * arguments
+
+
+@pytest.mark.parametrize("topology", ["v6e:8x8", "v5p:4x4x4"])
+def test_sparsecores_gather_the_weights_of_a_layer_while_it_computes(topology):
+    """The second of two gathers. Without the setting none is hidden on these slices,
+    and over three axes of a torus weights are summed."""
+    os.environ |= ENVIRONMENT
+    devices = compile_step.topology_devices(parse_topology(topology))
+    mesh = meshes.make_mesh(MeshConfig(data=1, fsdp=64), devices)
+
+    def shape(*sizes, axis):
+        spec = P(*("fsdp" if i == axis else None for i in range(len(sizes))))
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=sharding)
+
+    x = shape(64, 2048, 2048, axis=0)
+    up, down = shape(3, 2048, 8192, axis=1), shape(3, 8192, 2048, axis=2)
+
+    def layers(x, up, down):
+        def layer(x, weights):
+            whole = jax.lax.with_sharding_constraint(weights, NamedSharding(mesh, P()))
+            return x + jax.nn.silu(x @ whole[0]) @ whole[1], None
+
+        return jax.lax.scan(layer, x, (up, down))[0]
+
+    lowered = jax.jit(layers, out_shardings=x.sharding).lower(x, up, down)
+    flags = SETTINGS["tpu-sparsecore-gather"].value.split()
+    options = dict(flag.lstrip("-").split("=") for flag in flags)
+    weights = 2 * 3 * 2048 * 8192 * 2
+    shares = []
+    for chosen in (None, options):
+        program = hlo_text.parse(lowered.compile(compiler_options=chosen).as_text())
+        found = read_schedule(program, mesh, [])
+        hidden = [each for each in found.hidden if each.kind == "all-gather"]
+        assert total((*found.hidden, *found.bare)) == pytest.approx(weights, rel=0.01)
+        shares.append(total(hidden) / weights)
+        kinds = {each.kind for each in (*found.hidden, *found.bare)}
+        assert kinds == {"all-gather"} or chosen is None
+    assert shares[0] == 0 and shares[1] == pytest.approx(0.5)

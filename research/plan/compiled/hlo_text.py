@@ -18,8 +18,11 @@ _RUNS = {
     "fusion": "calls",
     "call": "to_apply",
     "async-start": "calls",
+    "custom-call-start": "called_computations",  # a SparseCore's part of a TPU program
     "conditional": "branch_computations",
 }
+# What these run is one instruction of the schedule.
+FUSES = ("fusion", "async-start", "custom-call-start")
 # `  %name = shape opcode(operands), attributes`; a shape may be a tuple.
 _LINE = re.compile(
     r"  (?P<root>ROOT )?%(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) "
@@ -141,7 +144,7 @@ def executions(program: HloProgram, unknown_trips: float) -> Iterator[HloExecuti
                 inner *= unknown_trips if trips is None else trips
             elif instruction.opcode.endswith(("-done", "-update")):
                 continue  # The matching start was visited.
-            fuses = instruction.opcode in ("fusion", "async-start")
+            fuses = instruction.opcode in FUSES
             for called in instruction.runs:
                 yield from visit(called, inner, at if outer or fuses else None)
 

@@ -141,28 +141,31 @@ class _Reader:
         order = list(execution.schedule.values())
         names = [each.name for each in order]
         first = names.index(execution.scheduled)
-        last = self._end(execution, order, first)
+        first, last = self._ends(execution, order, first)
         between = order[first + 1 : last]
         if execution.fused and last > first:
             # A fusion that continues a transfer may compute beside it.
             between = order[first : last + 1]
         return any(map(self.computes, between))
 
-    def _end(
+    def _ends(
         self, execution: HloExecution, order: list[HloInstruction], first: int
-    ) -> int:
-        """The place of the instruction that waits for a collective's result."""
+    ) -> tuple[int, int]:
+        """The places where a collective begins, and where its result is waited for."""
         scheduled = order[first]
         if scheduled.opcode.endswith("-start"):
-            for place, other in enumerate(order):
-                is_end = other.opcode.endswith("-done")
-                if is_end and scheduled.name in other.operands:
-                    return place
+            place, name = first, scheduled.name
+            for later, other in enumerate(order[first:], first):
+                if name in other.operands and other.opcode.endswith("-update"):
+                    # A SparseCore is started before its operand is there.
+                    place, name = later, other.name
+                elif name in other.operands and other.opcode.endswith("-done"):
+                    return place, later
         channel = execution.instruction.attribute("channel_id")
         if not execution.fused or not channel:
-            return first
+            return first, first
         parts = self._parts(id(execution.schedule), execution.schedule)
-        return max(parts.get(channel, [first]))
+        return first, max(parts.get(channel, [first]))
 
     @functools.cached_property
     def _known_parts(self) -> dict[int, dict[str, list[int]]]:

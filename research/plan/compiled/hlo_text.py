@@ -21,7 +21,7 @@ _RUNS = {
     "custom-call-start": "called_computations",  # a SparseCore's part of a TPU program
     "conditional": "branch_computations",
 }
-# What these run is one instruction of the schedule.
+# The computations of these are one instruction of the schedule.
 FUSES = ("fusion", "async-start", "custom-call-start")
 # `  %name = shape opcode(operands), attributes`; a shape may be a tuple.
 _LINE = re.compile(

@@ -327,9 +327,34 @@ def run_tiny(out, *flags, **options):
     )
 
 
+def split_trials(accelerator):
+    """Trials of `card_measures.py`, and those of them that can be traced right here.
+
+    Those are only traced when tiny, and have the flags of all others.
+    """
+    found = {True: [], False: []}
+    for trial in accelerator.TRIALS:
+        if trial.script == "card_measures.py":
+            runs = accelerator.tiny(trial).settings.get("run", True)
+            found[not (runs or trial.flags or trial.compiler)].append(trial)
+    return found[False], found[True]
+
+
+def test_steps_without_flags_are_traced_with_tiny_sizes(accelerator):
+    import card_measures
+
+    _, traced = split_trials(accelerator)
+    assert {"pretrain", "lora", "lora-nf4"} < {trial.name for trial in traced}
+    for trial in traced:
+        settings = dict(accelerator.tiny(trial).settings)
+        assert settings.pop("measure") == "step"
+        [found] = card_measures.step(**settings)
+        assert found["equations"] > 100, trial
+
+
 def test_the_whole_script_runs_with_tiny_sizes(accelerator, tmp_path):
-    """Every trial of ours but `train`, with every flag: no typo costs minutes later."""
-    ours = [t for t in accelerator.TRIALS if t.script == "card_measures.py"]
+    """All other trials but `train`, with every flag: no typo costs minutes later."""
+    ours, _ = split_trials(accelerator)
     names = ",".join(trial.name for trial in ours)
     single = {"JAX_NUM_CPU_DEVICES": "1"}
     single["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -348,7 +373,7 @@ def test_the_whole_script_runs_with_tiny_sizes(accelerator, tmp_path):
     assert exact == {"no flag": True}
     steps = [r for r in results if r["settings"]["measure"] == "step"]
     traced = [r for r in steps if r["trial"] != "pretrain-scanned"]
-    assert {"pretrain", "lora", "lora-nf4"} < {r["trial"] for r in traced}
+    assert {"pretrain-deterministic"} < {r["trial"] for r in traced}
     assert all(r["equations"] > 100 for r in traced)
     assert [r["positions"] for r in steps if "positions" in r] == [4 * 31]
     kernels = [r for r in results if r["trial"] == "kernels"]

@@ -46,6 +46,8 @@ from research.weights.quantized.int8_weights import Int8Matrix, as_int8
 STEPS, KILLED = 4, 2
 MATRIX = "layers.attention.output.kernel"
 PATHS = ("down_proj=int8", "query=none")
+# A matrix in NF4 and each of those.
+TARGETS = ("attention.output", "attention.query", "mlp.down")
 FORM = f"nf4 ({', '.join(PATHS)})"
 
 
@@ -57,7 +59,7 @@ def small(tmp_path_factory):
 
 
 def config_for(small, name, quantize="nf4", kind="lora", **changes):
-    lora = LoRAConfig(kind=kind, rank=2, targets=("attention", "mlp"), full=("norms",))
+    lora = LoRAConfig(kind=kind, rank=2, targets=TARGETS, full=("norms",))
     model = {"quantize": quantize, "quantize_paths": PATHS if quantize == "nf4" else ()}
     config = small_config(small, name, STEPS, model, lora=lora)
     return dataclasses.replace(config, **changes)

@@ -97,7 +97,7 @@ def signalled(place, results, count, moment, number):
         if count == 2:
             return start_pair(place, run, programs=programs)
         where = ("--config=config.py", f"--config.run_dir=runs/{run}")
-        return [place.start("train", *where, program=programs.get(0))]
+        return [place.start("train", *where, program=programs.get(0, ""))]
 
     ended, seconds = send_to(start(programs_of(count, moment)), moment, number)
     kept = place.saved_steps(run)

@@ -12,7 +12,6 @@ import json
 import re
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -27,6 +26,7 @@ import numpy as np
 from card_job import Job, attention_calls, draw_weights, peak, peak_memory_gb
 from card_kernels import kernels, seconds_of
 from card_resume import half, resume
+from traced_operations import trace
 
 from research.config.knob_groups import MeshConfig, ModelConfig
 from research.engine.requests import Sampling
@@ -195,26 +195,12 @@ def _held_bytes(compiled: Any) -> int:
 
 def _profile(call: Callable[[], Any]) -> list[list[Any]]:
     """Name, milliseconds and calls of the operations that take longest in one call."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready(call())
-        traces = [*Path(folder).rglob("*.xplane.pb")]
-        planes = [
-            plane
-            for trace in traces
-            for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
-        ]
-    on_device = [p for p in planes if p.name.startswith("/device:")] or planes
     total: dict[str, list[float]] = {}
-    for plane in on_device:
-        lines = [*plane.lines]
-        # Other lines of a GPU repeat the same time by module and by scope.
-        streams = [line for line in lines if line.name.startswith("Stream")] or lines
-        for line in streams:
-            for event in line.events:
-                entry = total.setdefault(event.name, [0.0, 0])
-                entry[0] += event.duration_ns / 1e6
-                entry[1] += 1
+    for line in trace(call):
+        for event in line.events:
+            entry = total.setdefault(event.name, [0.0, 0])
+            entry[0] += event.duration_ns / 1e6
+            entry[1] += 1
     longest = sorted(total.items(), key=lambda item: -item[1][0])[:LONGEST]
     return [[name[:100], round(ms, 3), calls] for name, (ms, calls) in longest]
 

@@ -110,7 +110,9 @@ class RandomStep:
     ):
         """Draws weights and rows; the arguments are those of `measure`."""
         mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
-        step = abstract_step.make_abstract_step(config, architecture, mesh)
+        self.abstract = step = abstract_step.make_abstract_step(
+            config, architecture, mesh
+        )
         # Weights that are drawn need no tokenizer, rows that are drawn neither.
         base = Base("random", architecture, cast(Tokenizer, None), None)
         params, self._frozen = load_start(step.definition, base)
@@ -126,6 +128,11 @@ class RandomStep:
         self.state, self.sums = self._train(self.state, self._frozen, self._batch)
         jax.block_until_ready((self.state, self.sums))
         return time.perf_counter() - begun
+
+    def compiled_text(self) -> str:
+        """The program of `run`, as the compiler prints it."""
+        arguments = self.state, self._frozen, self._batch
+        return self._train.lower(*arguments).compile().as_text()
 
 
 def measure(
@@ -192,9 +199,10 @@ def describe(found: Measured, config: Config, name: str) -> str:
     )
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def make_parser(about: str) -> argparse.ArgumentParser:
+    """The flags that choose a step on random rows; `about` is the script's text."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--config", default="configs/finetune_dolly.py", help="file in configs/")
@@ -207,13 +215,36 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--steps", type=int, default=5, help="that count")
     add("--warmup", type=int, default=2, help="steps that do not count")
     add_knobs(parser)
-    add("--json", action="store_true", help="print the numbers for a program")
+    return parser
+
+
+def read_flags(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, Config, Architecture]:
+    """The values of the flags, and the config and the shape that they choose.
+
+    Raises:
+      UserError: a value does not fit.
+    """
     arguments = parser.parse_args(argv)
     if min(arguments.steps, arguments.warmup, arguments.documents) < 1:
         raise UserError("--steps, --warmup and --documents must be at least 1")
     if not 0 < arguments.trained <= 1:
         raise UserError(f"--trained={arguments.trained} is no share above 0, up to 1")
-    return arguments
+    changes = {
+        "data.batch_size": arguments.rows,
+        "data.microbatch_size": arguments.micro,
+        "data.seq_len": arguments.seq,
+        **knobs_of(arguments.knob),
+    }
+    config = read_config(arguments.config, changes)
+    shape = abstract_step.find_architecture(config, arguments.preset)
+    return arguments, config, shape
+
+
+def name_of(arguments: argparse.Namespace) -> str:
+    """The config's name, and the preset's if there is one."""
+    return " ".join(filter(None, (Path(arguments.config).stem, arguments.preset)))
 
 
 def add_knobs(parser: argparse.ArgumentParser) -> None:
@@ -242,26 +273,23 @@ def _value_of(text: str) -> Any:
 
 
 def main(argv: Sequence[str]) -> None:
-    arguments = parse(argv[1:])
-    changes = {
-        "data.batch_size": arguments.rows,
-        "data.microbatch_size": arguments.micro,
-        "data.seq_len": arguments.seq,
-        **knobs_of(arguments.knob),
-    }
-    config = read_config(arguments.config, changes)
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--json", action="store_true", help="print the numbers for a program"
+    )
+    arguments, config, shape = read_flags(parser, argv[1:])
     runtime.start(config.runtime)
     found = measure(
         config,
-        abstract_step.find_architecture(config, arguments.preset),
+        shape,
         trained=arguments.trained,
         documents=arguments.documents,
         steps=arguments.steps,
         warmup=arguments.warmup,
     )
-    name = " ".join(filter(None, (Path(arguments.config).stem, arguments.preset)))
     as_json = json.dumps(dataclasses.asdict(found))
-    print(as_json if arguments.json else describe(found, config, name), flush=True)
+    text = as_json if arguments.json else describe(found, config, name_of(arguments))
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from random_step import RandomStep, make_parser, name_of, read_flags
 from step_products import Product, products_of
-from traced_operations import group_of, lanes, least_profile
+from traced_operations import group_of, lanes, profile
 
 from research.config import command_line
 from research.parallel import runtime
@@ -167,6 +167,7 @@ def describe_bound(
 def describe_profile(
     found: Mapping[str, Sequence[float]],
     program: hlo_text.HloProgram,
+    traces: int,
     wall: float,
     used: float,
     longest: int,
@@ -174,9 +175,10 @@ def describe_profile(
     """The second table, and the operations that take longest.
 
     Args:
-      found: as `least_profile` gives it.
+      found: the seconds of each call by operation, of all traced steps.
       program: that was traced.
-      wall: seconds of the traced step.
+      traces: how many steps were.
+      wall: seconds of a traced step.
       used: seconds of a step by `spent`, when it was not traced.
       longest: how many operations are listed.
     """
@@ -185,19 +187,21 @@ def describe_profile(
         groups.setdefault(group_of(name, program), []).extend(calls)
     busy = sum(map(sum, groups.values()))
     rows = [
-        (name, f"{sum(calls):.3f}", f"{sum(calls) / busy:.1%}", f"{len(calls):,}")
+        (name, f"{sum(calls) / busy:.1%}", f"{len(calls) / traces:,.0f}")
         for name, calls in sorted(groups.items(), key=lambda x: -sum(x[1]))
     ]
-    yield from table(("operations", "s", "share", "calls"), rows)
+    yield from table(("operations", "share of the time", "calls in a step"), rows)
+    busy /= traces
     idle = max(0.0, 1 - busy / (wall * lanes()))
-    yield f"{lanes()} at a time in {wall:.3f} s; {idle:.0%} of that is waiting"
     yield (
-        f"they took {busy / used:.2f} times the seconds of a step without a profile; "
-        "beside other work on a CPU, waiting for it counts here"
+        f"{lanes()} at a time in {wall:.3f} s; {idle:.0%} of that is waiting;"
+        f" all together they took {busy / used:.2f} times the {used:.3f} s, "
+        "which other work on the machine raises"
     )
     for name, calls in sorted(found.items(), key=lambda x: -sum(x[1]))[:longest]:
-        seconds, kind = sum(calls), group_of(name, program)
-        yield f"{seconds * 1e3:9.2f} ms {len(calls):6,} calls  {name} ({kind})"
+        milliseconds, each = 1e3 * sum(calls) / traces, len(calls) / traces
+        kind = group_of(name, program)
+        yield f"{milliseconds:9.2f} ms {each:6,.0f} calls  {name} ({kind})"
 
 
 def time_steps(job: RandomStep, warmup: int, steps: int) -> tuple[float, float]:
@@ -216,7 +220,7 @@ def time_steps(job: RandomStep, warmup: int, steps: int) -> tuple[float, float]:
 def main(argv: Sequence[str]) -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--traces", type=int, default=5, help="steps of which the best is shown")
+    add("--traces", type=int, default=5, help="steps that are traced")
     add("--longest", type=int, default=0, help="operations to list; 0: none")
     arguments, config, shape = read_flags(parser, argv[1:])
     runtime.start(config.runtime)
@@ -231,10 +235,10 @@ def main(argv: Sequence[str]) -> None:
     print(f"{name_of(arguments)}, {dtype}, {jax.devices()[0].device_kind}")
     bandwidth = copy_bytes_per_s(COPIED_BYTES)
     print(*describe_bound(rows, bandwidth, wall, used), sep="\n", flush=True)
-    found, wall = least_profile(job.run, arguments.traces)
+    found, wall = profile(job.run, arguments.traces)
     program = hlo_text.parse(job.compiled_text())
-    lines = describe_profile(found, program, wall, used, arguments.longest)
-    print(*lines, sep="\n")
+    figures = arguments.traces, wall, used, arguments.longest
+    print(*describe_profile(found, program, *figures), sep="\n")
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def test_both_tables_are_printed(bench, capsys, monkeypatch):
     for kind in (products.FORWARD, products.WEIGHTS, products.HEAD):
         assert float(rows[kind][3]) >= 0
     shares = [
-        float(rows[group][1].rstrip("%"))
+        float(rows[group][0].rstrip("%"))
         for group in (traced.PRODUCT, traced.MOVE, traced.REST, traced.LOOP)
     ]
     assert min(shares) > 0 and sum(shares) == pytest.approx(100, abs=0.3)

@@ -105,21 +105,20 @@ def read_calls(lines: list[Any]) -> dict[str, list[float]]:
     return found
 
 
-def least_profile(
+def profile(
     step: Callable[[], float], traces: int
 ) -> tuple[dict[str, list[float]], float]:
-    """The seconds of each call in a step, as `read_calls`, and those of the step.
+    """The seconds of each call in some steps, as `read_calls`, and the mean step's.
 
-    Other work on the machine only adds to a step, so the one whose operations took
-    least is chosen. `step` takes one, and returns its seconds.
+    `step` takes one, and returns its seconds. Other work on a machine interrupts all
+    operations alike, so many calls have true shares on a busy one, too.
     """
-    found = []
+    found: dict[str, list[float]] = {}
+    seconds: list[float] = []
     for _ in range(traces):
-        seconds: list[float] = []
-        calls = read_calls(trace(lambda seconds=seconds: seconds.append(step())))
-        found.append((sum(map(sum, calls.values())), calls, seconds[0]))
-    _, calls, wall = min(found, key=lambda each: each[0])
-    return calls, wall
+        for name, calls in read_calls(trace(lambda: seconds.append(step()))).items():
+            found.setdefault(name, []).extend(calls)
+    return found, sum(seconds) / traces
 
 
 def _closed(line: Any, owners: dict[int, _Span]) -> list[_Span]:

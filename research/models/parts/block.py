@@ -21,6 +21,7 @@ from research.models.parts.layers import (
     activated,
     gated,
     make_parameter,
+    recomputing_inputs,
     vector,
 )
 from research.models.parts.rotary import distinct, rotate
@@ -80,11 +81,23 @@ class Attention(nnx.Module):
         scale = a.attention_scale
         self.query_scale = 1.0 if scale is None else scale * a.head_dim**0.5
 
-    def __call__(self, x_BTD: Array, rope: Any, attend: Callable[..., Any]):
-        q_BTNH = rotate(self.query_norm(self.query(x_BTD)), rope, self.query_scale)
-        k_BTKH = rotate(self.key_norm(self.key(x_BTD)), rope)
+    def __call__(
+        self,
+        x_BTD: Array,
+        norm: Callable[[Array], Array],
+        rope: Any,
+        attend: Callable[..., Any],
+    ):
+        @recomputing_inputs
+        def products(x_BTD: Array) -> tuple[Array, ...]:
+            x_BTD = norm(x_BTD)
+            return self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+
+        q_BTNH, k_BTKH, v_BTKH = products(x_BTD)
+        q_BTNH = rotate(self.query_norm(q_BTNH), rope, self.query_scale)
+        k_BTKH = rotate(self.key_norm(k_BTKH), rope)
         sinks_N = self.sinks.get_value() if self.has_sinks else None
-        mixed_BTNH, cache = attend(q_BTNH, k_BTKH, self.value(x_BTD), sinks_N)
+        mixed_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, sinks_N)
         return self.output(mixed_BTNH), cache
 
 
@@ -103,10 +116,19 @@ class MLP(nnx.Module):
         self.up = Linear(up, rngs, bias)
         self.down = Linear(down, rngs, bias)
 
-    def __call__(self, x_BTD: Array) -> Array:
-        if not self.is_gated:
-            return self.down(activated(self.up(x_BTD), self.activation))
-        return self.down(gated(self.gate(x_BTD), self.up(x_BTD), self.activation))
+    def __call__(self, x_BTD: Array, norm: Callable[[Array], Array]) -> Array:
+        @recomputing_inputs
+        def into(x_BTD: Array) -> tuple[Array, ...]:
+            x_BTD = norm(x_BTD)
+            gate = (self.gate(x_BTD),) if self.is_gated else ()
+            return (*gate, self.up(x_BTD))
+
+        @recomputing_inputs
+        def out(*made_BTF: Array) -> Array:
+            combine = gated if self.is_gated else activated
+            return self.down(combine(*made_BTF, self.activation))
+
+        return out(*into(x_BTD))
 
 
 class Block(nnx.Module):
@@ -144,15 +166,15 @@ class Block(nnx.Module):
           mix: as `Options.mix_experts`.
           real_BT: tokens that are no padding; None: all.
         """
-        mixed_BTD, cache = self.attention(self.attention_norm(x_BTD), rope, attend)
+        mixed_BTD, cache = self.attention(x_BTD, self.attention_norm, rope, attend)
         after_BTD = x_BTD + self._branch(self.attention_out_norm(mixed_BTD))
-        read_BTD = self.mlp_norm(x_BTD if self.is_parallel else after_BTD)
-        load = None
+        read_BTD, load = x_BTD if self.is_parallel else after_BTD, None
         if self.has_experts:
+            read_BTD = self.mlp_norm(read_BTD)
             chosen, shares, load = self.router(read_BTD, real_BT)
             made_BTD = self.mlp(read_BTD, chosen, shares, mix)
         else:
-            made_BTD = self.mlp(read_BTD)
+            made_BTD = self.mlp(read_BTD, self.mlp_norm)
         return after_BTD + self._branch(self.mlp_out_norm(made_BTD)), cache, load
 
     def _branch(self, x_BTD: Array) -> Array:

@@ -122,6 +122,14 @@ _recomputed = functools.partial(
     policy=jax.checkpoint_policies.nothing_saveable,
     prevent_cse=False,
 )
+# The same for functions that make the inputs of matrix products and multiply them: an
+# input is as wide as what it is made of, and a trained matrix or adapter needs it for
+# its gradient. The products themselves are not computed again.
+recomputing_inputs = functools.partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    prevent_cse=False,
+)
 
 
 @functools.partial(_recomputed, static_argnums=(2, 3))

@@ -152,10 +152,10 @@ def kept_per_token(step: AbstractStep, remat: str) -> float:
     """Values per token that a layer's forward pass keeps for its backward pass.
 
     `full` keeps the layer's input. `dots` also keeps the products with weights:
-    queries, keys, values, the attention's result, gate and up. `none` keeps the inputs
-    of all products, and what attention and the gate need; from experts gate and up
-    alone. With an `expert` axis it keeps the tokens that a device gathers, and nothing
-    that experts make of them.
+    queries, keys, values, the attention's result, gate and up. `none` also keeps what
+    attention needs; norms and what the gate makes are computed again, but a router's
+    input is kept. With an `expert` axis it keeps the tokens that a device gathers, and
+    nothing that experts make of them.
     """
     a, shape = step.architecture, step.definition.mesh.shape
     tensor = shape["tensor"]
@@ -163,17 +163,16 @@ def kept_per_token(step: AbstractStep, remat: str) -> float:
     # A TPU's attention kernel pads each head to whole tiles.
     head_dim = math.ceil(a.head_dim / tile) * tile
     queries, keys = (n * head_dim / tensor for n in (a.heads, a.kv_heads))
-    # An MLP without a gate has one product in, and nothing that the gate needs.
-    products, inputs = (2, 3) if a.gated_mlp else (1, 2)
-    mlp = a.mlp / tensor
+    products = 2 if a.gated_mlp else 1
+    mlp, routed = a.mlp / tensor, 0
     if a.experts:
         mlp = (a.experts.chosen if shape["expert"] == 1 else 0) * a.mlp
-        inputs = products
+        routed = a.embed
     met = shape["expert"] * a.embed if shape["expert"] > 1 else 0
     kept = {
         "full": a.embed,
         "dots": 2 * a.embed + queries + 2 * keys + products * mlp,
-        "none": 4 * a.embed + 2 * (queries + keys) + inputs * mlp + met,
+        "none": 2 * a.embed + routed + 2 * (queries + keys) + products * mlp + met,
     }
     return look_up(kept, remat, "config.model.remat")
 
@@ -181,13 +180,16 @@ def kept_per_token(step: AbstractStep, remat: str) -> float:
 def _used_per_token(step: AbstractStep) -> float:
     """Values per token of a device that a layer holds while it computes.
 
+    Beside what `none` keeps these are the inputs of products that are computed again.
     With an `expert` axis also what all have made of the tokens that it gathers, and the
     gradients of both; and the rows of one device's tokens, and their gradients.
     """
-    ways = step.definition.mesh.shape["expert"]
-    rows, met = _rows_per_token(step), ways * step.architecture.embed
+    a, shape = step.architecture, step.definition.mesh.shape
+    ways = shape["expert"]
+    rows, met = _rows_per_token(step), ways * a.embed
     more = 3 * met + 2 * rows if ways > 1 else rows
-    return kept_per_token(step, "none") + more
+    again = a.embed if a.experts else 2 * a.embed + a.mlp / shape["tensor"]
+    return kept_per_token(step, "none") + again + more
 
 
 def _rows_per_token(step: AbstractStep) -> float:

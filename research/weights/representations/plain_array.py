@@ -76,6 +76,10 @@ def _backward(n_in, flipped, dtype, kept, d_y):
     if w is not None:
         d_x = input_gradient(d_y, w, n_in, flipped)
     if x is not None:
+        # With the barrier, inputs that are made again are made once, in their own order
+        # of axes. XLA's CPU compiler would otherwise make each value where this product
+        # reads it, across that order.
+        x = jax.lax.optimization_barrier(x)
         batch = tuple(range(x.ndim - n_in))
         pair = (d_y, x) if flipped else (x, d_y)
         d_w = jax.lax.dot_general(*pair, ((batch, batch), ((), ())))

@@ -92,7 +92,7 @@ def copy_bytes_per_s(size: int) -> float:
 
 @dataclasses.dataclass
 class Row:
-    """What a kind of work costs a step at least.
+    """The least that a kind of work costs a step.
 
     Attributes:
       flops, nbytes: of a step.
@@ -118,7 +118,7 @@ def bound(
 
 
 def update_bytes(job: RandomStep) -> float:
-    """What the optimizer reads and writes: weights and state; it reads gradients."""
+    """Bytes of an update: weights and state are read and written, gradients read."""
     weights = parameter_paths.nbytes(job.state.params)
     gradients = 4 * parameter_paths.count(job.state.params)
     return gradients + 2 * (weights + optimizer_bytes(job.abstract))

@@ -28,7 +28,7 @@ REGION, REGION_END, RECORD = (
     f"ThreadpoolListener::{name}" for name in ("StartRegion", "StopRegion", "Record")
 )
 DISPATCH = "ThunkExecutor::Execute"
-# What an operation may consist of that computes nothing.
+# An operation of these alone computes nothing.
 MOVES = {
     *("bitcast", "broadcast", "concatenate", "constant", "convert", "copy", "iota"),
     *("dynamic-slice", "dynamic-update-slice", "get-tuple-element", "pad", "parameter"),
@@ -173,7 +173,7 @@ def _name(event: Any, stats: dict[str, Any]) -> str:
 
 
 def group_of(name: str, program: HloProgram) -> str:
-    """What kind of work an operation is."""
+    """The kind of work that an operation does."""
     instruction = next(
         (found[name] for found in program.computations.values() if name in found), None
     )
@@ -190,7 +190,7 @@ def group_of(name: str, program: HloProgram) -> str:
 def _opcodes(instruction: HloInstruction, program: HloProgram) -> set[str]:
     """The opcodes of an instruction, or of all that a fusion consists of.
 
-    Scalar integers are left out: they are places of slices.
+    Scalar integers are not counted: they are places of slices.
     """
     if not instruction.runs:
         return set() if instruction.shape in INDICES else {instruction.opcode}

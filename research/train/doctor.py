@@ -6,7 +6,7 @@ in the real data and parameters. It returns its findings as data.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ from research.weights.over_stack import over_stack
 from research.weights.representations.lost_in_codes import LostInCodes
 from research.weights.representations.low_rank import LowRank
 
+# From the parameters of a model to its hidden states.
+Outputs = Callable[[dict[str, Any]], jax.Array]
+
 TEST_ROW = 64  # tokens
 PREVIEW_ROWS = 4
 
@@ -56,9 +59,13 @@ def examine(
     frozen: dict[str, Any],
     task: Task,
     lora: LoRAConfig,
+    outputs: Outputs | None = None,
 ) -> Examination:
-    """Examines a run that is ready to start; decides nothing."""
-    findings = examine_model(base, definition, state, frozen, lora.init_from)
+    """Examines a run that is ready to start; decides nothing.
+
+    `outputs`: of `make_outputs`; one of several runs whose model is the same.
+    """
+    findings = examine_model(base, definition, state, frozen, lora.init_from, outputs)
     findings += task.examine()
     return Examination(findings, task.preview(PREVIEW_ROWS))
 
@@ -85,10 +92,12 @@ def examine_model(
     state: TrainState,
     frozen: dict[str, Any],
     continued: str = "",
+    outputs: Outputs | None = None,
 ) -> list[Finding]:
     """Reports the trained parameters and devices; checks that adapters are a no-op.
 
-    Those of `continued` are one only where they are switched off.
+    Those of `continued` are one only where they are switched off. `outputs` are by
+    default those of the run's own model.
     """
     # A state that a checkpoint will fill has only shapes; the restore checks it.
     is_read = isinstance(state.step, jax.Array)
@@ -133,7 +142,14 @@ def examine_model(
         *_examine_chunk(definition),
     ]
     if definition.trainable.kind is not None:
-        findings[2:2] = _examine_adapters(definition, state, frozen, continued, base)
+        findings[2:2] = _examine_adapters(
+            definition,
+            state,
+            frozen,
+            continued,
+            base,
+            outputs or make_outputs(definition),
+        )
     return findings
 
 
@@ -157,8 +173,9 @@ def _examine_adapters(
     definition: StepDefinition,
     state: TrainState,
     frozen: dict[str, Any],
-    continued: str = "",
-    base: Base | None = None,
+    continued: str,
+    base: Base,
+    outputs: Outputs,
 ) -> list[Finding]:
     split = definition.trainable
     kind, adapters = split.kind, split.adapters(state.params)
@@ -169,7 +186,9 @@ def _examine_adapters(
     matrices = sum(next(iter(split.specs[path].values())).copies for path in adapters)
     specs = len(jax.tree.leaves(split.specs))
     leaves = len(jax.tree.leaves(state.params))
-    differing, moved, distance = _compare_outputs(definition, state.params, frozen)
+    differing, moved, distance = _compare_outputs(
+        definition, state.params, frozen, outputs
+    )
     rounding = float(jnp.finfo(definition.model.options.dtype).eps) ** 0.5
     starts = differing == 0 or (moved < rounding and not kind.is_exact)
     how = f" by rounding ({moved:.1e})" if differing and starts else ""
@@ -254,19 +273,8 @@ def _examine_full(definition: StepDefinition) -> list[Finding]:
     ]
 
 
-def _compare_outputs(
-    definition: StepDefinition, params: Any, frozen: dict[str, Any]
-) -> tuple[int, float, float]:
-    """Runs one row of arbitrary ids with the adapters, with them off, and without.
-
-    Returns:
-      The number of outputs that differ in any bit from those of adapters in their
-      no-op state, which the same compiled program computes; their distance from those;
-      and the distance of these from the base model's outputs. A distance is a share of
-      the norm of the outputs that it is from. The base model is
-      another program, whose products the compiler may round in another order, so its
-      outputs cannot be compared bit for bit on every processor.
-    """
+def make_outputs(definition: StepDefinition) -> Outputs:
+    """The hidden states of one row of arbitrary ids, compiled once for each shape."""
     tokens = (
         np.arange(TEST_ROW, dtype=np.int32)[None] % definition.model.architecture.vocab
     )
@@ -276,6 +284,23 @@ def _compare_outputs(
     @jax.jit
     def outputs(weights: Any) -> jax.Array:
         return definition.model.hidden(weights, tokens, tokens, segments)
+
+    return outputs
+
+
+def _compare_outputs(
+    definition: StepDefinition, params: Any, frozen: dict[str, Any], outputs: Outputs
+) -> tuple[int, float, float]:
+    """Compares `outputs` with the adapters, with them off, and without.
+
+    Returns:
+      The number of outputs that differ in any bit from those of adapters in their
+      no-op state, which the same compiled program computes; their distance from those;
+      and the distance of these from the base model's outputs. A distance is a share of
+      the norm of the outputs that it is from. The base model is
+      another program, whose products the compiler may round in another order, so its
+      outputs cannot be compared bit for bit on every processor.
+    """
 
     def adapted(adapters: Any) -> jax.Array:
         return outputs(definition.trainable.forward(adapters, frozen, None))

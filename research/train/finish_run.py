@@ -85,9 +85,8 @@ def _export(run: TrainingRun, steps: int) -> None:
 
 
 def _trained(run: TrainingRun) -> TextGenerator:
-    trainable, tokenizer = run.definition.trainable, run.base.tokenizer
-    params = run.state.params
-    return tuned_generator(run.decoders, trainable, params, run.frozen, tokenizer)
+    params, tokenizer = run.state.params, run.base.tokenizer
+    return tuned_generator(run.decoders, run.alike, params, run.frozen, tokenizer)
 
 
 def _untrained(run: TrainingRun) -> TextGenerator | None:

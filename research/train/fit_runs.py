@@ -1,7 +1,7 @@
 """Restored runs at one step train to their last step: evaluate, save, sample, log.
 
 Everything here works on a list of runs. How they share the devices is the program's
-matter: `SingleRunProgram` or `PackProgram`.
+matter: `SingleRunProgram`, or what `make_pack_program` gives.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from research.train.metrics.loss_watch import LossWatch, resumed_watch
 from research.train.metrics.metrics_log import StepLog
 from research.train.metrics.throughput import Clock, SharedClock
 from research.train.programs.device_batches import DeviceBatches, held_out_batches
-from research.train.programs.pack_program import PackProgram
+from research.train.programs.pack_program import make_pack_program
 from research.train.programs.single_run_program import SingleRunProgram
 from research.train.restore_run import RestoredRun, restore
 from research.train.run_saver import RunSaver
@@ -96,7 +96,7 @@ class _TrainingPass:
         if len(runs) == 1:
             self._program = SingleRunProgram(runs[0])
         else:
-            self._program = PackProgram(runs, at_once)
+            self._program = make_pack_program(runs, at_once)
         positions = [each.position for each in restored]
         self._batches = DeviceBatches(
             runs, positions, self._program.to_devices, stop.wait
@@ -201,7 +201,7 @@ class _TrainingPass:
         if self._first:
             return None
         few = all(run.definition.trainable.frozen_specs for run in self._runs)
-        return train_step.keep_params if few else None
+        return self._program.keep if few else None
 
     @contextlib.contextmanager
     def _beside(self, metrics: train_step.Metrics) -> Iterator[None]:
@@ -350,9 +350,9 @@ class _TrainingPass:
     def _generator(self, index: int, state: train_step.TrainState) -> TextGenerator:
         """A run's model as it is now."""
         run, own = self._runs[index], self._program.state_of(index, state)
-        trainable, tokenizer = run.definition.trainable, run.base.tokenizer
+        tokenizer = run.base.tokenizer
         return tuned_generator(
-            run.decoders, trainable, own.params, run.frozen, tokenizer
+            run.decoders, run.alike, own.params, run.frozen, tokenizer
         )
 
     def _answer(self, number: int, state: train_step.TrainState) -> None:

@@ -113,6 +113,7 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
         },
     )
     devices = mesh.make_mesh(first.config.mesh)
+    wide, outputs = _union(opened, base), None
     loaded: dict[int, tuple[Task, HeldOutAnswers]] = {}
     runs: list[TrainingRun] = []
     for each in opened:
@@ -128,7 +129,15 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
             epochs.require_batch(config.data, task.rows, unit)
         definition = make_step_definition(config, base, devices, objective)
         state, frozen = _start(definition, each, base, runs, config, task)
-        examination = doctor.examine(base, definition, state, frozen, task, config.lora)
+        alike = definition.trainable
+        if wide:
+            specs = definition.model.specs
+            alike = pack_arrays.alike(config, alike, specs, devices, wide)
+        outputs = outputs or doctor.make_outputs(definition)
+        read = dataclasses.replace(definition, trainable=alike)
+        examination = doctor.examine(
+            base, read, state, frozen, task, config.lora, outputs
+        )
         console = Console(quiet=jax.process_index() > 0 or bool(runs))
         terminal.show_findings(console, examination.findings)
         terminal.show_preview(console, examination.preview)
@@ -140,6 +149,7 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
                 base=base,
                 task=task,
                 definition=definition,
+                alike=alike,
                 decoders=(
                     runs[0].decoders
                     if runs
@@ -169,10 +179,16 @@ def _require_fit(opened: OpenedFolder, base: Base, devices: Mesh) -> None:
 def _open_base(opened: Sequence[OpenedFolder]) -> Base:
     """The base model of all runs, which can train together over it."""
     base = open_start(opened[0].config, opened[0].folder)
-    if len(opened) > 1:
-        specs = Model(base.architecture).specs
-        pack_arrays.union(specs, [each.config for each in opened])
+    _union(opened, base)
     return base
+
+
+def _union(opened: Sequence[OpenedFolder], base: Base) -> pack_arrays.Union | None:
+    """What the adapters of all runs have room in; None for a run that trains alone."""
+    if len(opened) == 1:
+        return None
+    specs = Model(base.architecture).specs
+    return pack_arrays.union(specs, [each.config for each in opened])
 
 
 def _load(

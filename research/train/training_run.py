@@ -17,6 +17,7 @@ from research.train.doctor import Examination
 from research.train.metrics import throughput
 from research.train.metrics.held_out_answers import HeldOutAnswers, JudgedAnswers
 from research.train.step import train_step
+from research.weights.trainable import Trainable
 
 
 @dataclasses.dataclass
@@ -25,6 +26,8 @@ class TrainingRun:
 
     Attributes:
       config: with the number of steps, also where the user gave epochs.
+      alike: the split of `definition`, for programs that only read the model: in a pack
+        its `forward` gives the same shapes for all runs, see `pack_arrays.alike`.
       state: what is trained; None while a checkpoint is read, to make room for it.
       answers: the held-out rows that are answered; runs of one seed share them.
       evaluated: step and loss of the last evaluation.
@@ -37,6 +40,7 @@ class TrainingRun:
     base: Base
     task: Task
     definition: train_step.StepDefinition
+    alike: Trainable
     decoders: SlotDecoders
     state: train_step.TrainState | None
     frozen: dict[str, Any]

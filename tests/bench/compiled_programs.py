@@ -87,7 +87,7 @@ def evaluation() -> jax.stages.Lowered:
 
 
 def together() -> jax.stages.Lowered:
-    """DoRA runs of different ranks over one NF4 base, in turn, as a CPU trains them.
+    """One of several DoRA runs over an NF4 base, as a CPU trains them in turn.
 
     One program for three ideas, as compiling a step is most of what the guard costs.
     """
@@ -104,19 +104,11 @@ def together() -> jax.stages.Lowered:
         config, step.definition, kind, factors, dropout=False, at_once=0
     )
 
-    def stacked(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((len(configs), *x.shape), x.dtype), tree
-        )
-
     numbers = jax.eval_shape(
         lambda: pack_arrays.run_numbers(config, specs, factors, has_factors=False)
     )
     state = train_step.abstract_state(pack.definition)
-    program = pack_step.jit_train_step(pack)
-    return program.lower(
-        stacked(numbers), stacked(state), step.frozen, stacked(step.batch)
-    )
+    return pack_step.jit_run_step(pack).lower(numbers, state, step.frozen, step.batch)
 
 
 @functools.cache

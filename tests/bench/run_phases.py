@@ -1,17 +1,20 @@
 """A training run by phase: seconds by the clock, seconds of CPUs, and peak memory.
 
     python tests/bench/run_phases.py [--whole] [--times=1] [-- --config=FILE.py ...]
+    python tests/bench/run_phases.py --runs=RUNS.json [--at_once=8] ...
 
 Runs the real command in an empty run directory until its first update has been
-computed, or to its end. A phase is a function of the code by name, without the parts of
-it that are phases themselves; the seconds of CPUs are those of all threads. A step that
-computes while the next thing begins is charged to that. The compile cache is the
-user's, so the second call is a warm one.
+computed, or to its end. With --runs it is `research.train.together` instead. A phase is
+a function of the code by name, without the parts of it that are phases themselves; the
+seconds of CPUs are those of all threads. A step that computes while the next thing
+begins is charged to that. The compile cache is the user's, so the second call is a warm
+one.
 """
 
 import argparse
 import collections
 import contextlib
+import dataclasses
 import functools
 import importlib
 import json
@@ -144,7 +147,7 @@ def put_in(phases: Phases) -> None:
         setattr(owner, name, phases.measured(label, getattr(owner, name)))
 
 
-def run(out: Path, whole: bool, argv: list[str]) -> None:
+def run(out: Path, whole: bool, runs: str, at_once: int, argv: list[str]) -> None:
     """The command itself, in this process, which ends here."""
     phases = Phases(time.time() - psutil.Process().create_time())
     from research.config import command_line
@@ -152,6 +155,14 @@ def run(out: Path, whole: bool, argv: list[str]) -> None:
     config, _ = command_line.parse_with_config(
         ["research.train", *argv], "", command_line.NoFlags
     )
+    configs = [config]
+    if runs:
+        from research.train.together.__main__ import read_runs
+
+        configs = [
+            dataclasses.replace(own, run_dir=f"{config.run_dir}-{number}")
+            for number, own in enumerate(read_runs(runs, config))
+        ]
     from research.train.start_to_report import train
 
     phases.leave_imports()
@@ -189,15 +200,15 @@ def run(out: Path, whole: bool, argv: list[str]) -> None:
         return step
 
     runtime.announce_first_call = announced
-    train([config])
+    train(configs, at_once)
     end()
 
 
-def measure(whole: bool, argv: list[str]) -> list[dict[str, Any]]:
+def measure(flags: list[str], argv: list[str]) -> list[dict[str, Any]]:
     """Runs the command once in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "phases.json"
-        command = [sys.executable, __file__, f"--into={out}", *["--whole"] * whole]
+        command = [sys.executable, __file__, f"--into={out}", *flags]
         own = [f"--config.run_dir={folder}/run"]
         subprocess.run([*command, "--", *argv, *own], cwd=ROOT, check=True)
         return json.loads(out.read_text())
@@ -218,15 +229,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--whole", action="store_true", help="to the end of the run")
+    parser.add_argument("--runs", default="", help="as of research.train.together")
+    parser.add_argument("--at_once", type=int, default=0, help="of the same")
     parser.add_argument("--times", type=int, default=1, help="runs in turn")
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("knobs", nargs="*", help="arguments of research.train")
     arguments = parser.parse_args()
     knobs = arguments.knobs or ["--config=configs/finetune_dolly.py"]
     if arguments.into:
-        run(arguments.into, arguments.whole, knobs)
+        pack = arguments.runs, arguments.at_once
+        run(arguments.into, arguments.whole, *pack, knobs)
+    flags = [f"--runs={arguments.runs}", f"--at_once={arguments.at_once}"]
+    flags += ["--whole"] * arguments.whole
     for _ in range(arguments.times):
-        show(*measure(arguments.whole, knobs))
+        show(*measure(flags, knobs))
 
 
 if __name__ == "__main__":

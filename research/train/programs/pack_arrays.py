@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from research.config.run_config import Config
+from research.parallel import mesh as meshes
 from research.train.step import optimizers
 from research.train.step.schedules import make_schedule
 from research.train.step.train_step import TrainState
@@ -26,9 +28,11 @@ from research.weights.adapters.adapter_kind import (
 )
 from research.weights.adapters.adapter_registry import find_kind
 from research.weights.parameter_spec import Spec
+from research.weights.trainable import Trainable
 
 Array = jax.Array
 Factors = dict[str, dict[str, Spec]]
+Union = tuple[AdapterKind, Factors]
 
 
 @jax.tree_util.register_dataclass
@@ -49,9 +53,7 @@ class RunNumbers:
     settings: Settings
 
 
-def union(
-    specs: Mapping[str, Spec], configs: Sequence[Config]
-) -> tuple[AdapterKind, Factors]:
+def union(specs: Mapping[str, Spec], configs: Sequence[Config]) -> Union:
     """The kind with the most arrays, and its factors of the largest rank by path.
 
     Kinds that train together compute the same where the arrays of another are zero.
@@ -81,9 +83,7 @@ def run_numbers(
 
     `has_factors`: any run of the pack has a `rate_pattern`.
     """
-    kind, lora = _kind(config), with_own_patterns(config.lora, specs)
-    own = kind.specs(specs, lora)
-    known = kind.settings(kind.ranks(own), lora)
+    own = _kind(config).specs(specs, with_own_patterns(config.lora, specs))
     rates = optimizers.rate_factors(config.optim, own)
     paths = parameter_paths.flatten(factors)[0] if has_factors else {}
     schedule = make_schedule(config.optim, config.steps)
@@ -91,13 +91,39 @@ def run_numbers(
         seed=jnp.int32(config.seed),
         rates=jax.jit(jax.vmap(schedule))(jnp.arange(1, config.steps + 1)),
         factors={path: jnp.float32(rates.get(path, 1.0)) for path in paths},
-        settings=Settings(
-            scales={p: jnp.float32(known.scales.get(p, 0.0)) for p in factors},
-            # Without an adapter any stream will do: dropout drops only zeros.
-            streams={p: jnp.uint32(known.streams.get(p, 0)) for p in factors},
-            dropout=jnp.float32(known.dropout),
-        ),
+        settings=_settings(config, specs, factors),
     )
+
+
+def _settings(config: Config, specs: Mapping[str, Spec], factors: Factors) -> Settings:
+    kind, lora = _kind(config), with_own_patterns(config.lora, specs)
+    known = kind.settings(kind.ranks(kind.specs(specs, lora)), lora)
+    return Settings(
+        scales={p: jnp.float32(known.scales.get(p, 0.0)) for p in factors},
+        # Without an adapter any stream will do: dropout drops only zeros.
+        streams={p: jnp.uint32(known.streams.get(p, 0)) for p in factors},
+        dropout=jnp.float32(known.dropout),
+    )
+
+
+def alike(
+    config: Config, split: Trainable, specs: Mapping[str, Spec], mesh: Mesh, wide: Union
+) -> Trainable:
+    """The split of one run, with a `forward` whose results are alike for all of a pack.
+
+    They have the same shapes, so programs that read them compile once for all runs.
+    Outside of a program only, and without dropout.
+    """
+    kind, factors = wide
+    settings = _settings(config, specs, factors)
+    shapes = meshes.abstract_arrays(factors, mesh, split.dtype)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+
+    def forward(params: Any, frozen: dict[str, Any], key: None) -> dict[str, Any]:
+        padded = jax.device_put(kind.pad(params, shapes), shardings)
+        return kind.attach(frozen, padded, settings, key)
+
+    return dataclasses.replace(split, forward=forward)
 
 
 def stack(parts: Sequence[Any]) -> Any:
@@ -114,14 +140,14 @@ def widen(own: TrainState, wide: TrainState, kind: AdapterKind) -> TrainState:
     return dataclasses.replace(padded, params=kind.pad(own.params, wide.params))
 
 
-def narrow(wide: Any, index: int, own: Any) -> Any:
-    """Run `index` of the stacked state `wide`, as `own` (abstract, with shardings)."""
+def narrow(wide: Any, own: Any) -> Any:
+    """The state `wide` of a run in the shapes of `own` (abstract, with shardings)."""
     known, _ = parameter_paths.flatten(wide)
     leaves, structure = parameter_paths.flatten(own)
 
     def one(path: str, leaf: Any) -> Array:
         # Copied before the next step donates it.
-        value = np.asarray(known[path][index])
+        value = np.asarray(known[path])
         return jax.device_put(value[tuple(map(slice, leaf.shape))], leaf.sharding)
 
     return parameter_paths.unflatten(

@@ -1,18 +1,18 @@
-"""The step of several runs: the step of one run, mapped over states and batches.
+"""The step of several runs: one program for any of them, or one for all of them.
 
-The frozen base has no axis for the runs: under `vmap` each product with it is one
-larger product. That pays where a product of one run leaves the device idle. A CPU is
-busy with one, and `vmap` has a price: a loop whose trip count depends on the data
-takes as many rounds as the longest of all, and selects in every round.
+The first is called for each run. In the second the step is mapped over states and
+batches; the frozen base has no axis for the runs, so under `vmap` each product with it
+is one larger product. That pays where a product of one run leaves the device idle. A
+CPU is busy with one, and holds the activations of all runs then.
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from research.config.run_config import Config
@@ -39,7 +39,8 @@ class PackDefinition:
       config: the config of any run; only what all of them share is used.
       definition: the step of one run, over the adapters of all.
       dropout: whether any run uses dropout; if not, no random bits are drawn.
-      at_once: runs under one `vmap`; if there are more, they train in groups.
+      at_once: runs under one `vmap`; if there are more, they train in groups. With 1
+        each run has its own calls of one program.
     """
 
     config: Config
@@ -99,8 +100,34 @@ def bind(pack: PackDefinition, numbers: RunNumbers) -> step.StepDefinition:
     )
 
 
+def jit_run_step(pack: PackDefinition) -> Callable[..., Any]:
+    """`train_step.train_step` of one run of the pack, whichever it is.
+
+    Called as `(numbers, state, frozen, batch)`; the state is donated.
+    """
+    everywhere, state, frozen = _shardings(pack)
+    batch = meshes.batch_sharding(pack.definition.mesh, microbatched=True)
+    return jax.jit(
+        functools.partial(_train_run, pack),
+        in_shardings=(everywhere, state, frozen, batch),
+        out_shardings=(state, everywhere),
+        donate_argnums=1,
+    )
+
+
+def jit_run_eval_step(pack: PackDefinition) -> Callable[..., Sums]:
+    """`train_step.eval_step` of one run: `(numbers, params, frozen, batch)`."""
+    everywhere, state, frozen = _shardings(pack)
+    batch = meshes.batch_sharding(pack.definition.mesh)
+    return jax.jit(
+        functools.partial(_evaluate_run, pack),
+        in_shardings=(everywhere, state.params, frozen, batch),
+        out_shardings=everywhere,
+    )
+
+
 def jit_train_step(pack: PackDefinition) -> Callable[..., Any]:
-    """`train_step.train_step` of all runs; all but `frozen` has a leading axis.
+    """`jit_run_step` of all runs; all but `frozen` has a leading axis.
 
     Called as `(numbers, states, frozen, batches)`; the states are donated.
     """
@@ -109,11 +136,12 @@ def jit_train_step(pack: PackDefinition) -> Callable[..., Any]:
         numbers: RunNumbers, states: step.TrainState, frozen: Params, batches: Batch
     ) -> tuple[step.TrainState, step.Metrics]:
         def one(numbers: RunNumbers, state: step.TrainState, batch: Batch) -> Any:
-            return step.train_step(bind(pack, numbers), state, frozen, batch)
+            return _train_run(pack, numbers, state, frozen, batch)
 
         return _over_runs(pack, one, numbers, states, batches)
 
-    everywhere, states, frozen = _shardings(pack)
+    everywhere, state, frozen = _shardings(pack)
+    states = stacked(state)
     batches = batch_shardings(pack, microbatched=True)
     return jax.jit(
         train_all,
@@ -124,42 +152,48 @@ def jit_train_step(pack: PackDefinition) -> Callable[..., Any]:
 
 
 def jit_eval_step(pack: PackDefinition) -> Callable[..., Sums]:
-    """`train_step.eval_step` of the chosen runs alone, in that order.
+    """`jit_run_eval_step` of all runs: `(numbers, params, frozen, batches)`."""
 
-    Called as `(numbers, params, frozen, batches, chosen)`.
-    """
-
-    def evaluate_chosen(
-        numbers: RunNumbers,
-        params: Params,
-        frozen: Params,
-        batches: Batch,
-        chosen: tuple[int, ...],
+    def evaluate_all(
+        numbers: RunNumbers, params: Params, frozen: Params, batches: Batch
     ) -> Sums:
         def one(numbers: RunNumbers, params: Params, batch: Batch) -> Sums:
-            return step.eval_step(bind(pack, numbers), params, frozen, batch)
+            return _evaluate_run(pack, numbers, params, frozen, batch)
 
-        stacked = (numbers, params, batches)
-        if len(chosen) < numbers.seed.size:
-            stacked = jax.tree.map(lambda x: jnp.stack([x[i] for i in chosen]), stacked)
-        return _over_runs(pack, one, *stacked)
+        return _over_runs(pack, one, numbers, params, batches)
 
-    everywhere, states, frozen = _shardings(pack)
+    everywhere, state, frozen = _shardings(pack)
     batches = batch_shardings(pack, microbatched=False)
     return jax.jit(
-        evaluate_chosen,
-        in_shardings=(everywhere, states.params, frozen, batches),
+        evaluate_all,
+        in_shardings=(everywhere, stacked(state.params), frozen, batches),
         out_shardings=everywhere,
-        static_argnums=4,
     )
+
+
+def _train_run(
+    pack: PackDefinition,
+    numbers: RunNumbers,
+    state: step.TrainState,
+    frozen: Params,
+    batch: Batch,
+) -> tuple[step.TrainState, step.Metrics]:
+    return step.train_step(bind(pack, numbers), state, frozen, batch)
+
+
+def _evaluate_run(
+    pack: PackDefinition,
+    numbers: RunNumbers,
+    params: Params,
+    frozen: Params,
+    batch: Batch,
+) -> Sums:
+    return step.eval_step(bind(pack, numbers), params, frozen, batch)
 
 
 def _over_runs(pack: PackDefinition, one: Callable[..., Any], *stacked: Any) -> Any:
     """`one` for each run, `pack.at_once` of them in one product."""
-    runs = len(jax.tree.leaves(stacked)[0])
-    if pack.at_once == 1:  # Not a batch of one, which would be under `vmap`.
-        return jax.lax.map(lambda run: one(*run), stacked)
-    if pack.at_once >= runs:
+    if pack.at_once >= len(jax.tree.leaves(stacked)[0]):
         return jax.vmap(one)(*stacked)
     return jax.lax.map(lambda run: one(*run), stacked, batch_size=pack.at_once)
 
@@ -179,10 +213,10 @@ def batch_shardings(pack: PackDefinition, *, microbatched: bool) -> Any:
 
 
 def _shardings(pack: PackDefinition) -> tuple[Any, step.TrainState, Params]:
-    """Shardings for what all devices hold, the stacked states, the frozen base."""
+    """Shardings for what all devices hold, the state of a run, the frozen base."""
     definition = pack.definition
     return (
         meshes.replicated(definition.mesh),
-        stacked(step.state_shardings(definition)),
+        step.state_shardings(definition),
         meshes.shardings(definition.trainable.frozen_specs, definition.mesh),
     )

@@ -11,7 +11,7 @@ from research.train.training_run import TrainingRun
 
 
 class SingleRunProgram:
-    """The program of one run. `PackProgram` has the same methods for several."""
+    """The program of one run. `pack_program` has the same methods for several."""
 
     def __init__(self, run: TrainingRun):
         self._run = run
@@ -43,6 +43,10 @@ class SingleRunProgram:
     def measured_by(self, number: int) -> list[int]:
         """For each run the index of the run whose evaluation at `number` it takes."""
         return [0]
+
+    def keep(self, state: train_step.TrainState) -> train_step.TrainState:
+        """A copy of what an evaluation reads, which the next step does not donate."""
+        return train_step.keep_params(state)
 
     def part_of(self, row: int, arrays: Any) -> Any:
         """The part of metrics or sums that belongs to the run at `row`."""

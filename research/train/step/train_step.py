@@ -215,14 +215,20 @@ def init_state(definition: StepDefinition, params: Params) -> TrainState:
     )
 
 
-def keep_params(state: TrainState) -> TrainState:
-    """A copy of the step and the trained parameters alone, which no step donates."""
-    kept = state.step, state.params
-    where = jax.tree.map(lambda x: x.sharding, kept)
-    step, params = jax.jit(
-        lambda kept: jax.tree.map(jnp.copy, kept), out_shardings=where
-    )(kept)
-    return TrainState(step, params, None)
+def keep_params(states: Any) -> Any:
+    """A copy of the step and the trained parameters alone, which no step donates.
+
+    `states` is a tree of `TrainState`s, such as one of them.
+    """
+    states = jax.tree.map(
+        lambda state: TrainState(state.step, state.params, None),
+        states,
+        is_leaf=lambda x: isinstance(x, TrainState),
+    )
+    where = jax.tree.map(lambda x: x.sharding, states)
+    return jax.jit(lambda kept: jax.tree.map(jnp.copy, kept), out_shardings=where)(
+        states
+    )
 
 
 def abstract_params(definition: StepDefinition) -> Params:

@@ -103,7 +103,6 @@ def together() -> jax.stages.Lowered:
     pack = pack_step.make_pack_definition(
         config, step.definition, kind, factors, dropout=False, at_once=0
     )
-
     numbers = jax.eval_shape(
         lambda: pack_arrays.run_numbers(config, specs, factors, has_factors=False)
     )
@@ -140,7 +139,7 @@ def prefill() -> jax.stages.Lowered:
 PROGRAMS: dict[str, Callable[[], jax.stages.Lowered]] = {
     "LoRA step": training,
     "pre-training step": lambda: training("full", shape=SHALLOW),
-    "step of two DoRA runs over NF4": together,
+    "step of a DoRA run in a pack over NF4": together,
     "evaluation step over int8": evaluation,
     "decoding": decoding,
     "prefill": prefill,

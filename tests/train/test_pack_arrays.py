@@ -3,6 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from small_run import make_small_place, small_config
 
@@ -10,8 +13,11 @@ from research.config.run_config import LoRAConfig
 from research.core.errors import UserError
 from research.formats.base_model import open_base
 from research.models.transformer import Model
-from research.train import prepare_runs, start_to_report
+from research.parallel import mesh as meshes
+from research.tasks import task_registry
+from research.train import doctor, prepare_runs, start_to_report
 from research.train.programs import pack_arrays
+from research.train.step.definition_from_config import load_start, make_step_definition
 from research.weights.adapters.adapter_registry import find_kind
 
 MATRIX = "layers.mlp.down.kernel"  # [64, 32]
@@ -91,3 +97,39 @@ def test_a_rank_of_another_form_is_one_sentence(specs, kind, pattern, said):
     own = find_kind(kind).specs(specs, config)
     ranks = {path.split(".")[2]: x for path, x in find_kind(kind).ranks(own).items()}
     assert (ranks["query"], ranks["key"]) == ((6, 4) if kind == "eva" else (3, 2))
+
+
+@pytest.mark.parametrize(
+    "own, other",
+    [
+        ({}, {"rank": 5, "targets": (MATRIX, "query"), "kind": "pissa"}),
+        ({"kind": "dora"}, {"rank": 3, "kind": "dora", "rslora": True}),
+    ],
+)
+def test_programs_that_read_a_pack_serve_each_run_alike(small, specs, own, other):
+    """Weights of one form for all, so nothing compiles twice; outputs are its own."""
+    pair = ("a", {"rank": 2} | own), ("b", other)
+    configs = [config_for(small, name, **lora) for name, lora in pair]
+    wide = pack_arrays.union(specs, configs)
+    base = open_base(str(small / "model"))
+    mesh = meshes.make_mesh(configs[0].mesh)
+    outputs, forms = None, []
+    for number, config in enumerate(configs):
+        objective = task_registry.make_objective(config, mesh)
+        definition = make_step_definition(config, base, mesh, objective)
+        outputs = outputs or doctor.make_outputs(definition)
+        split = definition.trainable
+        params, frozen = load_start(definition, base)
+        keys = iter(jax.random.split(jax.random.key(number), 99))
+        params = jax.tree.map(
+            lambda x, keys=keys: x + 0.1 * jax.random.normal(next(keys), x.shape),
+            params,
+        )
+        alike = pack_arrays.alike(config, split, specs, mesh, wide)
+        found = alike.forward(params, frozen, None)
+        forms.append(jax.tree.map(lambda x: (jnp.shape(x), x.dtype, x.sharding), found))
+        alone = outputs(split.forward(params, frozen, None))
+        np.testing.assert_allclose(outputs(found), alone, atol=2e-5)
+        moved = jnp.abs(outputs(frozen) - alone).max()
+        assert moved > 1e-2
+    assert forms[0] == forms[1]

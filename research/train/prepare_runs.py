@@ -184,7 +184,7 @@ def _open_base(opened: Sequence[OpenedFolder]) -> Base:
 
 
 def _union(opened: Sequence[OpenedFolder], base: Base) -> pack_arrays.Union | None:
-    """What the adapters of all runs have room in; None for a run that trains alone."""
+    """The room for the adapters of all runs; None for a run that trains alone."""
     if len(opened) == 1:
         return None
     specs = Model(base.architecture).specs

@@ -49,7 +49,7 @@ def make_pack_program(
 
 
 class _Pack:
-    """What both programs share; `SingleRunProgram` says what each method does."""
+    """The common part of both programs; `SingleRunProgram` says what each method does."""
 
     def __init__(
         self,

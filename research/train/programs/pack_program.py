@@ -49,7 +49,7 @@ def make_pack_program(
 
 
 class _Pack:
-    """The common part of both programs; `SingleRunProgram` says what each method does."""
+    """The common part of both programs; `SingleRunProgram` explains each method."""
 
     def __init__(
         self,

@@ -90,8 +90,14 @@ def _trained(run: TrainingRun) -> TextGenerator:
 
 
 def _untrained(run: TrainingRun) -> TextGenerator | None:
+    off = None
+    if run.shares_programs and run.base.tensors is not None:
+        off = run.alike.off(run.state.params, run.frozen)
     # After full training the base model takes the place of the trained one.
     run.state = None
+    if off is not None:
+        decoders, tokenizer = run.decoders, run.base.tokenizer
+        return tuned_generator(decoders, run.alike, off, run.frozen, tokenizer)
     try:
         return base_generator(run.decoders, run.base, run.frozen)
     except UserError as error:

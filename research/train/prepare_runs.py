@@ -49,6 +49,7 @@ from research.train.step.definition_from_config import (
 )
 from research.train.step.schedules import make_schedule
 from research.train.training_run import TrainingRun
+from research.weights.trainable import Trainable
 
 # Knobs that name a place of one machine, or the process itself.
 OWN_KNOBS = {
@@ -129,19 +130,14 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
             epochs.require_batch(config.data, task.rows, unit)
         definition = make_step_definition(config, base, devices, objective)
         state, frozen = _start(definition, each, base, runs, config, task)
-        alike = definition.trainable
-        if wide:
-            specs = definition.model.specs
-            alike = pack_arrays.alike(config, alike, specs, devices, wide)
+        alike = _alike(config, definition, wide)
         outputs = outputs or doctor.make_outputs(definition)
         read = dataclasses.replace(definition, trainable=alike)
         examination = doctor.examine(
             base, read, state, frozen, task, config.lora, outputs
         )
         console = Console(quiet=jax.process_index() > 0 or bool(runs))
-        terminal.show_findings(console, examination.findings)
-        terminal.show_preview(console, examination.preview)
-        doctor.require_healthy(examination)
+        _show(console, examination)
         runs.append(
             TrainingRun(
                 config=config,
@@ -189,6 +185,25 @@ def _union(opened: Sequence[OpenedFolder], base: Base) -> pack_arrays.Union | No
         return None
     specs = Model(base.architecture).specs
     return pack_arrays.union(specs, [each.config for each in opened])
+
+
+def _alike(
+    config: Config,
+    definition: train_step.StepDefinition,
+    wide: pack_arrays.Union | None,
+) -> Trainable:
+    """See `TrainingRun`; `wide` is the room for the adapters of all runs."""
+    split, specs = definition.trainable, definition.model.specs
+    if wide is None:
+        return split
+    return pack_arrays.alike(config, split, specs, definition.mesh, wide)
+
+
+def _show(console: Console, examination: doctor.Examination) -> None:
+    """Shows what the doctor has found, which may end the start."""
+    terminal.show_findings(console, examination.findings)
+    terminal.show_preview(console, examination.preview)
+    doctor.require_healthy(examination)
 
 
 def _load(

@@ -59,6 +59,11 @@ class TrainingRun:
         return self.config.data.passes_per_step
 
     @property
+    def shares_programs(self) -> bool:
+        """Whether the programs that read its model serve all runs of a pack."""
+        return self.alike is not self.definition.trainable
+
+    @property
     def measured_on(self) -> str:
         """The mark of its held-out rows in `metrics.jsonl`."""
         return self.history.measured_on(self.task.sha256, {})[:12]

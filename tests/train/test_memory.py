@@ -70,6 +70,7 @@ def test_the_report_holds_one_model_at_a_time(monkeypatch):
         folder=SimpleNamespace(path=None), definition=SimpleNamespace(mesh=None),
         config=SimpleNamespace(export=False, steps=0), state=state, answered=None,
         answers=held_out_answers(), decoders=None, base=None, frozen=None,
+        shares_programs=False,
     )  # fmt: skip
     del state
 

@@ -96,8 +96,7 @@ def examine_model(
 ) -> list[Finding]:
     """Reports the trained parameters and devices; checks that adapters are a no-op.
 
-    Those of `continued` are one only where they are switched off. `outputs` are by
-    default those of the run's own model.
+    Those of `continued` are one only where they are switched off.
     """
     # A state that a checkpoint will fill has only shapes; the restore checks it.
     is_read = isinstance(state.step, jax.Array)
@@ -143,12 +142,7 @@ def examine_model(
     ]
     if definition.trainable.kind is not None:
         findings[2:2] = _examine_adapters(
-            definition,
-            state,
-            frozen,
-            continued,
-            base,
-            outputs or make_outputs(definition),
+            definition, state, frozen, continued, base, outputs
         )
     return findings
 
@@ -175,7 +169,7 @@ def _examine_adapters(
     frozen: dict[str, Any],
     continued: str,
     base: Base,
-    outputs: Outputs,
+    outputs: Outputs | None,
 ) -> list[Finding]:
     split = definition.trainable
     kind, adapters = split.kind, split.adapters(state.params)
@@ -187,7 +181,7 @@ def _examine_adapters(
     specs = len(jax.tree.leaves(split.specs))
     leaves = len(jax.tree.leaves(state.params))
     differing, moved, distance = _compare_outputs(
-        definition, state.params, frozen, outputs
+        definition, state.params, frozen, outputs or make_outputs(definition)
     )
     rounding = float(jnp.finfo(definition.model.options.dtype).eps) ** 0.5
     starts = differing == 0 or (moved < rounding and not kind.is_exact)

@@ -114,7 +114,8 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
         },
     )
     devices = mesh.make_mesh(first.config.mesh)
-    wide, outputs = _union(opened, base), None
+    wide = _union(opened, base)
+    outputs = decoders = None
     loaded: dict[int, tuple[Task, HeldOutAnswers]] = {}
     runs: list[TrainingRun] = []
     for each in opened:
@@ -132,6 +133,7 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
         state, frozen = _start(definition, each, base, runs, config, task)
         alike = _alike(config, definition, wide)
         outputs = outputs or doctor.make_outputs(definition)
+        decoders = decoders or SlotDecoders(definition.model, devices)
         read = dataclasses.replace(definition, trainable=alike)
         examination = doctor.examine(
             base, read, state, frozen, task, config.lora, outputs
@@ -146,11 +148,7 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
                 task=task,
                 definition=definition,
                 alike=alike,
-                decoders=(
-                    runs[0].decoders
-                    if runs
-                    else SlotDecoders(definition.model, definition.mesh)
-                ),
+                decoders=decoders,
                 state=state if isinstance(state.step, jax.Array) else None,
                 frozen=frozen,
                 examination=examination,

@@ -138,8 +138,7 @@ def prepare(opened: Sequence[OpenedFolder], phases: PhaseTimer) -> list[Training
         examination = doctor.examine(
             base, read, state, frozen, task, config.lora, outputs
         )
-        console = Console(quiet=jax.process_index() > 0 or bool(runs))
-        _show(console, examination)
+        console = _shown(examination, is_first=not runs)
         runs.append(
             TrainingRun(
                 config=config,
@@ -197,11 +196,13 @@ def _alike(
     return pack_arrays.alike(config, split, specs, definition.mesh, wide)
 
 
-def _show(console: Console, examination: doctor.Examination) -> None:
-    """Shows what the doctor has found, which may end the start."""
+def _shown(examination: doctor.Examination, *, is_first: bool) -> Console:
+    """Shows what the doctor has found, which may end the start; returns the console."""
+    console = Console(quiet=jax.process_index() > 0 or not is_first)
     terminal.show_findings(console, examination.findings)
     terminal.show_preview(console, examination.preview)
     doctor.require_healthy(examination)
+    return console
 
 
 def _load(

@@ -35,8 +35,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SIDE = Path(__file__).with_name("bench_guard_side.py")
 JOBS = ("lora", "pretrain", "decode")
 CONFIDENCE = 0.95
-# Rounds after which the figures may decide, and the rounds from one look to the next.
-FIRST_LOOK, BETWEEN_LOOKS = 8, 4
+# Rounds after which the figures may decide; then after twice as many, and so on.
+FIRST_LOOK = 8
+TELL_S = 30.0  # from one line of progress to the next, at most about
 
 
 def git(*words: str, folder: Path = ROOT) -> str:
@@ -192,8 +193,9 @@ class Verdict:
 
     def __str__(self) -> str:
         if not self.measured:
-            return f"NOT MEASURED, as it had time for {len(self.found)} rounds alone"
-        words = f"SLOWER by more than {self.limit:.0%}" if self.slower else "ok"
+            return f"NOT MEASURED: {len(self.found)} rounds are too few"
+        words = "ok" if self.decided else "ok, but not for certain"
+        words = f"SLOWER by more than {self.limit:.0%}" if self.slower else words
         low, high = self.interval
         middle = statistics.median(self.found)
         return (
@@ -211,7 +213,8 @@ def compare(
     looking once, so each look has its share of what the last interval may miss
     (Bonferroni).
     """
-    looks = sorted({*range(FIRST_LOOK, options.rounds, BETWEEN_LOOKS), options.rounds})
+    doubled = math.ceil(math.log2(options.rounds / FIRST_LOOK))
+    looks = {*(FIRST_LOOK * 2**n for n in range(doubled)), options.rounds}
     missed = (1 - CONFIDENCE) / len(looks)
     verdict, begun = Verdict((), options.limit, missed), time.monotonic()
     with contextlib.ExitStack() as stack, contextlib.suppress(OutOfTimeError):
@@ -220,18 +223,19 @@ def compare(
             stack.callback(side.close)
         for side in sides:
             side.answer(over)  # Both are warm.
-        said = time.monotonic()
-        tell(f"{job}: both sides are warm after {said - begun:.0f} s")
+        said = warm = time.monotonic()
+        tell(f"{job}: both sides are warm after {warm - begun:.0f} s")
         found: list[float] = []
         for ratio in itertools.islice(ratios(*sides, over), options.rounds):
             found.append(ratio)
             verdict = dataclasses.replace(verdict, found=tuple(found))
-            if len(found) not in looks:
+            now = time.monotonic()
+            if len(found) not in looks and now < said + TELL_S:
                 continue
-            a_round = (time.monotonic() - said) / len(found)
-            left = min((options.rounds - len(found)) * a_round, over - time.monotonic())
+            a_round, said = (now - warm) / len(found), now
+            left = min((options.rounds - len(found)) * a_round, over - now)
             tell(f"{job}: {verdict}; at most {max(left, 0.0):.0f} s more")
-            if verdict.decided:
+            if verdict.decided and len(found) in looks:
                 break
     return verdict
 
@@ -263,7 +267,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--against", default="", help="commit, branch or tag; default: above")
     add("--jobs", default=",".join(JOBS), help=f"of {', '.join(JOBS)}")
-    add("--rounds", type=int, default=20, help="most steps of each side that count")
+    add("--rounds", type=int, default=64, help="most steps of each side that count")
     add("--minutes", type=float, default=15.0, help="of the whole, shared by the jobs")
     add("--limit", type=float, default=0.05, help="0.05: 5 %% slower is still allowed")
     options = parser.parse_args(argv)

@@ -71,16 +71,16 @@ def test_a_job_ends_when_its_time_is_over(compare, folders):
     (folders / "o" / "name").write_text("hangs")
     verdict = compare(seconds=0.2)
     assert not verdict.measured and not verdict.slower
-    assert str(verdict) == "NOT MEASURED, as it had time for 0 rounds alone"
+    assert str(verdict) == "NOT MEASURED: 0 rounds are too few"
 
 
 @pytest.mark.parametrize(
     ("ratios", "rounds"),
     [
-        ([1.0] * 20, 8),
-        ([1.2] * 20, 8),
-        ([0.9, 1.2, 0.9, *[1.2] * 17], 16),
-        ([0.9, 1.1] * 10, 20),
+        ([1.0] * 64, 8),
+        ([1.2] * 64, 8),
+        ([0.9, 1.2, 0.9, *[1.2] * 61], 16),
+        ([0.9, 1.1] * 32, 64),
     ],
     ids=["as fast", "slower", "certain later", "never certain"],
 )
@@ -90,10 +90,11 @@ def test_a_job_ends_when_it_is_decided(guard, compare, monkeypatch, ratios, roun
 
 
 def test_several_looks_are_as_certain_as_one(guard, compare, monkeypatch):
-    monkeypatch.setattr(guard, "ratios", lambda *_: iter([0.9, 1.1] * 20))
-    looks = [8, 12, 16, 20]
-    assert compare("--rounds=20").missed == pytest.approx(0.05 / len(looks))
-    assert compare("--rounds=8").missed == pytest.approx(0.05)
+    monkeypatch.setattr(guard, "ratios", lambda *_: iter([0.9, 1.1] * 32))
+    for rounds, looks in ((64, [8, 16, 32, 64]), (40, [8, 16, 32, 40]), (8, [8])):
+        verdict = compare(f"--rounds={rounds}")
+        assert verdict.missed == pytest.approx(0.05 / len(looks))
+        assert len(verdict.found) == rounds and "not for certain" in str(verdict)
 
 
 @pytest.mark.parametrize(

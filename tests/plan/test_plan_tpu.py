@@ -194,6 +194,8 @@ def test_adapters_of_128_experts_fit_sixteen_small_chips(plan):
 def test_two_slices_meet_in_the_adapters_alone(plan):
     config = big_config("lora", rows=16, mesh=MeshConfig(2, 1, 4))
     made, estimate = plan("slices", config, ONE_B, "v5e:2x2", 2)
+    print(f"{made.needed / 2**30:.2f} GiB, {estimate.needed / 2**30:.2f}")
+    assert estimate.needed == pytest.approx(made.needed, rel=0.12)
     between = [row for row in made.traffic if row.axes == "replica"]
     assert [row.kind for row in between] == ["all-reduce"]
     assert 0 < made.roofline.dcn < 2 * estimate.roofline.dcn
@@ -215,8 +217,10 @@ def test_an_offloaded_optimizer_is_not_on_the_chip(plan):
 def test_an_oversized_step_is_a_plan_that_does_not_fit(plan):
     """Its arguments alone are 14.8 of 15.75 GB."""
     config = big_config(rows=1, mesh=MeshConfig())
-    made, _ = plan("oversized", config, ONE_B, "v5e:1x1")
-    assert made.memory is None and not made.fits
+    made, estimate = plan("oversized", config, ONE_B, "v5e:1x1")
+    print(f"{made.needed / 2**30:.2f} GiB, {estimate.needed / 2**30:.2f}")
+    assert made.memory is None and not made.fits and not estimate.fits
+    assert estimate.needed == pytest.approx(made.needed, rel=0.1)
     arguments = 12 * made.trained
     assert arguments < made.needed < 3 * arguments
 

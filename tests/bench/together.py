@@ -3,10 +3,11 @@
     python tests/bench/together.py --steps=20 --dtype=float32
 
 Whole processes on both sides: start-up, compilation, evaluation, checkpoints and
-reports are counted. Prints wall time and peak memory of both, their ratios, how much of
-the time the steps took, what the ratio would be at other numbers of steps and no more
-saves or evaluations, and the largest relative difference between two runs' losses (in
-bfloat16 they round apart).
+reports are counted. Prints wall time, CPU seconds and peak memory of both, their
+ratios, how much of the time the steps took, what the ratio would be at other numbers of
+steps and no more saves or evaluations, and the largest relative difference between two
+runs' losses (in bfloat16 they round apart). On a busy machine the ratio of CPU seconds
+says more than that of wall time.
 """
 
 import argparse
@@ -17,13 +18,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = [(rank, seed) for seed in (0, 1) for rank in (4, 8, 16, 32)]
 
 
-def run(module: str, *flags: str) -> tuple[float, float]:
-    """Wall seconds, and peak memory in GB, of one command."""
+class Use(NamedTuple):
+    """What one command has used: seconds, and peak memory in GB."""
+
+    wall: float
+    cpu: float
+    memory: float
+
+
+def run(module: str, *flags: str) -> Use:
     begun = time.perf_counter()
     command = [sys.executable, "-m", f"research.{module}", *flags]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL,
@@ -31,7 +40,8 @@ def run(module: str, *flags: str) -> tuple[float, float]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} ended with {status}")
-    return time.perf_counter() - begun, usage.ru_maxrss / 1e6
+    cpu = usage.ru_utime + usage.ru_stime
+    return Use(time.perf_counter() - begun, cpu, usage.ru_maxrss / 1e6)
 
 
 def lines(folder: Path, kind: str) -> list[dict]:
@@ -83,7 +93,7 @@ def main() -> None:
             )
             for rank, seed in RUNS
         ]  # fmt: skip
-        print("alone, s:", " ".join(f"{s:.0f}" for s, _ in alone), flush=True)
+        print("alone, s:", " ".join(f"{x.wall:.0f}" for x in alone), flush=True)
         runs = [
             {"run_dir": f"{folder}/together-{r}-{s}", "lora.rank": r, "seed": s}
             for r, s in RUNS
@@ -91,7 +101,7 @@ def main() -> None:
         (folder / "runs.json").write_text(json.dumps(runs))
         file = f"--runs={folder / 'runs.json'}"
         at_once = f"--at_once={options.at_once}"
-        seconds, memory = run("train.together", *shared, caches[1], file, at_once)
+        together = run("train.together", *shared, caches[1], file, at_once)
         apart = max(
             abs(a - b) / a
             for rank, seed in RUNS
@@ -105,13 +115,18 @@ def main() -> None:
             sum(step_seconds(folder / f"alone-{r}-{s}") for r, s in RUNS),
             step_seconds(folder / "together-{}-{}".format(*RUNS[0])),
         )
-    total, largest = sum(s for s, _ in alone), max(m for _, m in alone)
+    total, cpu = sum(x.wall for x in alone), sum(x.cpu for x in alone)
+    seconds, largest = together.wall, max(x.memory for x in alone)
     print(
         f"{len(RUNS)} runs of {options.steps} steps: one by one {total:.0f} s and "
-        f"{largest:.2f} GB, together {seconds:.0f} s and {memory:.2f} GB: "
-        f"{seconds / total:.2f} of the time, {memory / largest:.2f} of one run's "
-        f"memory, {memory / sum(m for _, m in alone):.2f} of all runs' at once; "
-        f"losses within {apart:.1e}"
+        f"{largest:.2f} GB, together {seconds:.0f} s and {together.memory:.2f} GB: "
+        f"{seconds / total:.2f} of the time, {together.memory / largest:.2f} of one "
+        f"run's memory, {together.memory / sum(x.memory for x in alone):.2f} of all "
+        f"runs' at once; losses within {apart:.1e}"
+    )
+    print(
+        f"CPU seconds: one by one {cpu:.0f}, together {together.cpu:.0f}: "
+        f"{together.cpu / cpu:.2f}"
     )
     print(f"of which steps: one by one {steps[0]:.0f} s, together {steps[1]:.0f} s")
     for number in (5, 10, 20, 50, 200):

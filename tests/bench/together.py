@@ -25,7 +25,7 @@ RUNS = [(rank, seed) for seed in (0, 1) for rank in (4, 8, 16, 32)]
 
 
 class Use(NamedTuple):
-    """What one command has used: seconds, and peak memory in GB."""
+    """The seconds of one command, and its peak memory in GB."""
 
     wall: float
     cpu: float

@@ -20,7 +20,7 @@ def join(flags: Any) -> bool:
     Raises:
       UserError: they cannot be joined, or have other flags.
     """
-    runtime.start(RuntimeConfig(distributed=True))
+    runtime.start(RuntimeConfig(distributed=True), ahead=True)
     if jax.process_count() == 1:
         return False
     facts = {f"--{name}": str(value) for name, value in vars(flags).items()}

@@ -1,5 +1,7 @@
 """Settings of the environment change no number, and a missing device is named."""
 
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -65,3 +67,21 @@ def test_free_memory_is_returned_where_the_c_library_can(library, monkeypatch):
     monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: opened)
     runtime.return_free_memory()
     assert calls == ([0] if library == "glibc" else [])
+
+
+COMPUTED_AT_RETURN = """
+import jax, jax.numpy as jnp
+from research.config.knob_groups import RuntimeConfig
+from research.parallel import runtime
+runtime.start(RuntimeConfig(distributed=False, compilation_cache=""))
+product = jax.jit(lambda x: x @ x)
+x = jax.block_until_ready(product(jnp.ones((1024, 1024))))
+print(product(x).is_ready())
+"""
+
+
+def test_a_step_is_computed_in_the_thread_that_calls_it():
+    """Another thread's large arrays would be returned to the system after each step."""
+    command = [sys.executable, "-c", COMPUTED_AT_RETURN]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"]

@@ -78,8 +78,10 @@ def _backward(n_in, flipped, dtype, kept, d_y):
     if x is not None:
         # With the barrier, inputs that are made again are made once, in their own order
         # of axes. XLA's CPU compiler would otherwise make each value where this product
-        # reads it, across that order.
-        x = jax.lax.optimization_barrier(x)
+        # reads it, across that order. Other compilers choose for themselves.
+        x = jax.lax.platform_dependent(
+            x, cpu=jax.lax.optimization_barrier, default=lambda x: x
+        )
         batch = tuple(range(x.ndim - n_in))
         pair = (d_y, x) if flipped else (x, d_y)
         d_w = jax.lax.dot_general(*pair, ((batch, batch), ((), ())))

@@ -218,9 +218,10 @@ def compare(
     missed = (1 - CONFIDENCE) / len(looks)
     verdict, begun = Verdict((), options.limit, missed), time.monotonic()
     with contextlib.ExitStack() as stack, contextlib.suppress(OutOfTimeError):
-        sides = [Side(folder, job) for folder in (new, old)]
-        for side in sides:
-            stack.callback(side.close)
+        sides = []
+        for folder in (new, old):
+            sides.append(Side(folder, job))
+            stack.callback(sides[-1].close)
         for side in sides:
             side.answer(over)  # Both are warm.
         said = warm = time.monotonic()
@@ -250,14 +251,14 @@ def judge(
 ) -> Verdict:
     """The verdict about a job; one that is slower is measured again, in new processes.
 
-    Where the memory of a process lies can slow all of its steps.
+    Where the memory of a process lies can slow all of its steps, so one measurement
+    never says that a job is slower: without time for the second, nothing is measured.
     """
     first = compare(new, old, job, options, over)
     if not first.slower:
         return first
     tell(f"{job}: {first}; it is measured again")
-    again = compare(new, old, job, options, over)
-    return again if again.measured else first
+    return compare(new, old, job, options, over)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

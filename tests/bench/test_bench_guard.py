@@ -74,6 +74,14 @@ def test_a_job_ends_when_its_time_is_over(compare, folders):
     assert str(verdict) == "NOT MEASURED: 0 rounds are too few"
 
 
+def test_one_measurement_never_says_slower(guard, monkeypatch):
+    """The second one had no time."""
+    slow, none = (guard.Verdict(found, 0.05, 0.05) for found in ([1.2] * 9, []))
+    verdicts = iter([slow, none])
+    monkeypatch.setattr(guard, "compare", lambda *_: next(verdicts))
+    assert slow.slower and guard.judge(None, None, "lora", None, 0.0) is none
+
+
 @pytest.mark.parametrize(
     ("ratios", "rounds"),
     [

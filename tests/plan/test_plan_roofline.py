@@ -115,12 +115,14 @@ def test_products_of_bytes_have_the_peak_of_bytes(remat, passes):
     for name, devices, peaks in (
         ("h100:8", 8, (989e12, 1979e12)),
         ("v5e:4x4", 16, (197e12, 394e12)),
-        ("v4:2x2x1", 4, (275e12, 275e12)),  # It multiplies bytes no faster.
+        ("v4:2x2x1", 4, (275e12, 275e12)),  # Its speed with bytes is not known.
     ):
         target = parse_device(name)
         seconds = (slow / peaks[0] + found.in_bytes / peaks[1]) / devices
         line = roofline.make_roofline(found, 0.0, [], target, mesh_of(target))
         assert line.compute == pytest.approx(seconds)
+        busiest = roofline.predict(seconds, found, 1, None, target)
+        assert busiest.mfu == pytest.approx(found.model / found.total)
         before = roofline.make_roofline(plain, 0.0, [], target, mesh_of(target))
         assert before.compute == pytest.approx(plain.total / peaks[0] / devices)
 

@@ -10,6 +10,7 @@ from research.config.knobs import changed
 from research.config.run_config import Config, LoRAConfig, ModelConfig
 from research.core.errors import UserError
 from research.models.transformer import Model
+from research.runs.lineage import base_of_run
 from research.weights import trainable
 from research.weights.parameter_spec import Spec
 
@@ -110,3 +111,10 @@ def test_codes_that_are_not_made_here_have_no_overrides(quantize):
     knobs = {"model.quantize": quantize, "model.quantize_paths": ("mlp=int8",)}
     with pytest.raises(UserError, match="of a base that is rounded: set"):
         changed(Config(), knobs, "knobs")
+
+
+def test_a_fingerprint_keeps_the_spelling_that_a_run_was_saved_with():
+    paths = ("v_proj=int8", "k_proj=int8")
+    model = ModelConfig(quantize="nf4", quantize_paths=paths)
+    assert base_of_run.as_written(model) == "nf4 (v_proj=int8, k_proj=int8)"
+    assert model.frozen_form == "nf4 (k_proj=int8, v_proj=int8)"

@@ -54,6 +54,7 @@ class Roofline:
 class Prediction:
     """Speed and cost of a run whose steps take `seconds` each.
 
+    `mfu` is the share of the chip's peak, for products of bytes of its peak for them.
     `days` and `chip_hours` are those of the whole run; None if its steps are unknown.
     """
 
@@ -123,10 +124,11 @@ def predict(
 ) -> Prediction:
     """Speed and cost of a run whose every step takes `seconds`."""
     total = None if steps is None else seconds * steps
-    peak = target.count * target.chip.flops * seconds
+    busy = _seconds_of_products(flops, target.chip)
+    needed = busy * flops.model / flops.total if flops.total else 0.0
     return Prediction(
         seconds=seconds,
-        mfu=flops.model / peak if peak else 0.0,
+        mfu=needed / (target.count * seconds) if seconds else 0.0,
         tokens_per_second=tokens / seconds if seconds else 0.0,
         days=None if total is None else total / DAY,
         chip_hours=None if total is None else total / 3600 * target.count,

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from research.checkpoints.checkpointer import Checkpointer
 from research.checkpoints.run_identity import BASE_RUN, BASE_STEP, BASE_SUM
 from research.checkpoints.stored_steps import seal_of
-from research.config.knob_groups import MeshConfig, RuntimeConfig
+from research.config.knob_groups import MeshConfig, ModelConfig, RuntimeConfig
 from research.config.knobs import flat
 from research.config.run_config import Config
 from research.core.errors import UserError
@@ -208,6 +208,15 @@ def open_step(start: str, step: str) -> Base:
     )
 
 
+def as_written(model: ModelConfig) -> str:
+    """`ModelConfig.frozen_form` in the run's own spelling.
+
+    Another spelling of the same is no other run, but a fingerprint must never change.
+    """
+    others = ", ".join(model.quantize_paths)
+    return f"{model.quantize} ({others})" if others else model.quantize
+
+
 class NoTensors:
     """The tensors of a base model that is gone; whoever reads one gets `problem`."""
 
@@ -266,7 +275,7 @@ class RunTensors:
             "dtypes": [
                 model.dtype,
                 model.param_dtype,
-                "plain" if model.quantize == "none" else model.frozen_form,
+                "plain" if model.quantize == "none" else as_written(model),
             ],
             # A knob of a later version is at its default here. Where the adapters
             # began is no part of what they are.

@@ -20,7 +20,7 @@ def test_without_held_out_rows_nothing_is_evaluated(monkeypatch, every, expected
     )
     one_pass._runs, one_pass._first = [], 0
     one_pass._program = types.SimpleNamespace(
-        to_devices=None, make_eval_step=lambda: None
+        to_devices=None, make_eval_step=lambda: None, keep=None
     )
 
     def due(batches):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import ml_collections
@@ -245,13 +245,23 @@ def _without_dump(said: str) -> str:
 
 
 def _load(file: str) -> ModuleType:
-    loader = SourceFileLoader(MODULE, file)
+    loader = _FreshLoader(MODULE, file)
     spec = importlib.util.spec_from_loader(MODULE, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[MODULE] = module  # Dataclasses in the file look themselves up here.
     loader.exec_module(module)
     return module
+
+
+class _FreshLoader(SourceFileLoader):
+    """Neither reads nor writes a __pycache__ beside the file.
+
+    Bytecode counts as that of a file with the same size and second of its last change.
+    """
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _where(file: str, error: BaseException) -> str:

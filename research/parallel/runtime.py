@@ -246,23 +246,24 @@ def _use_compilation_cache(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def announce_first_call(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """`function`, which logs one line when its first call returns.
+def announce_first_call(function: Any, name: str) -> Callable[..., Any]:
+    """`function`, which logs one line when its first call begins to compute.
 
-    The first call of a jitted function returns when the program is compiled, or read
-    from the compilation cache, and has been given to the devices.
+    It is jitted, and compiled before, or read from the compilation cache. The call
+    finds what was compiled.
     """
     waiting = True
 
     def call(*args: Any) -> Any:
         nonlocal waiting
-        result = function(*args)
-        if waiting:
-            waiting = False
-            logging.info(
-                "%s begun %.1f s after the start of the process", name, process_age()
-            )
-        return result
+        if not waiting:
+            return function(*args)
+        waiting = False
+        function.lower(*args).compile()
+        logging.info(
+            "%s begun %.1f s after the start of the process", name, process_age()
+        )
+        return function(*args)
 
     return call
 

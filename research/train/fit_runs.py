@@ -153,7 +153,7 @@ class _TrainingPass:
         for run in self._runs:
             run.history.resume_from(self._first)
         answered = {run.folder.path: run.history.answer_request for run in self._runs}
-        step_fn = runtime.announce_first_call(self._program.make_step(), "first step")
+        step_fn = self._program.make_step()
         folder, config = self._runs[0].folder.path, self._config
         with (
             RequestListener(answered, self._runs[0].definition.mesh) as requests,
@@ -177,6 +177,7 @@ class _TrainingPass:
                     phases=self._phases,
                     ends=self._ends,
                     beside=self._beside,
+                    is_made=train_step.is_made,
                 )
                 with self._phases.during("save"):
                     self._save_last(done, state)

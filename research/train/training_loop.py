@@ -86,25 +86,25 @@ def run(
     phases: PhaseTimer,
     ends: Callable[[int], bool] = lambda step: False,
     beside: Beside = contextlib.nullcontext,
+    is_made: Callable[[Any], bool] = lambda metrics: False,
 ) -> tuple[State, int]:
     """Trains from step `first` to `total`, or until `stop` is due.
 
     Args:
-      state: after `first` updates.
-      batches: device batches, positioned at step `first`.
+      state, batches: after `first` updates, and at their position.
       step_fn: dispatches one update.
       log: called with (step, batch number, metrics) after the next step is dispatched.
       resume_clock: called after actions, which do not count as step time.
       stop, requests: both are polled before every step.
       phases: counts the time of each part.
       ends: whether a step is the last one; an evaluation at this step may decide it.
-      beside: called with the metrics of the first step. Its context waits for that
-        step, and the time in it does not count as step time.
+      beside: its context waits for the first step; its time is no step time.
+      is_made: whether the step of these metrics is over, which is then logged at once.
 
     Returns:
       The state and the number of updates it holds.
     """
-    later = _DelayedLog(log)
+    later = _DelayedLog(log, is_made)
     acts = _Acts(actions, first, phases, later, beside)
     is_last = lambda step: step == total or ends(step)  # noqa: E731
     phases.enter("compile")
@@ -183,14 +183,22 @@ class _Acts:
 
 
 class _DelayedLog:
-    """Logs a step only when the next one is dispatched, or when it is called."""
+    """Logs a step that is not over when the next one is dispatched, or when called."""
 
-    def __init__(self, log: Callable[[int, int, Any], None]):
-        self._log = log
+    def __init__(
+        self, log: Callable[[int, int, Any], None], is_made: Callable[[Any], bool]
+    ):
+        self._log, self._is_made = log, is_made
         self._kept: tuple[Any, ...] = ()
 
     def __call__(self, *metrics: Any) -> None:
-        """Logs what is kept, and keeps the arguments of `log` for the next call."""
+        """Logs what is kept, and keeps the arguments of `log` for the next call.
+
+        Those of a step that is over are logged now.
+        """
         kept, self._kept = self._kept, metrics
         if kept:
             self._log(*kept)
+        if metrics and self._is_made(metrics[-1]):
+            self._kept = ()
+            self._log(*metrics)

@@ -190,9 +190,9 @@ def run(out: Path, whole: bool, runs: str, at_once: int, argv: list[str]) -> Non
                 return call(*args)
             first = False
             with phases.during(BEGUN):
-                result = call.__wrapped__(*args)
+                function.lower(*args).compile()
             with phases.during(COMPUTED):
-                jax.block_until_ready(result)
+                result = jax.block_until_ready(call.__wrapped__(*args))
             if not whole:
                 end()
             return result

@@ -58,8 +58,11 @@ def test_steps_are_saved_for_the_best_when_that_is_measured(
     assert ("evaluate", 5) not in {(x.phase, x.every) for x in one_pass._actions()}
 
 
-def events_of(*, first=0, total=2, ending=False, requested=()):
-    """The acts of the loop, in order, with an action that keeps what it needs."""
+def events_of(*, first=0, total=2, ending=False, requested=(), waits=False):
+    """The acts of the loop, in order, with an action that keeps what it needs.
+
+    `waits`: a step is over when the call that dispatches it returns.
+    """
     events, resumed, asked = [], [], [frozenset(requested)]
 
     def update(state, batch):
@@ -95,6 +98,7 @@ def events_of(*, first=0, total=2, ending=False, requested=()):
         ),
         phases=PhaseTimer(),
         beside=beside,
+        is_made=lambda metrics: waits,
     )
     if "step from 0" in events:  # The clock starts again just before it.
         assert resumed == [events.index("step from 0")]
@@ -105,6 +109,14 @@ def test_the_first_step_goes_before_what_keeps_the_state_at_the_start():
     assert events_of() == [
         "step from 0", "waits for metrics of 1", "evaluates kept 0 at 0",
         "step from 1", "logs 1", "logs 2", "evaluates 2 at 2",
+    ]  # fmt: skip
+
+
+def test_a_step_that_is_over_is_logged_before_the_next_one_begins():
+    """Else the time of the next one would count as its own."""
+    assert events_of(waits=True) == [
+        "step from 0", "waits for metrics of 1", "evaluates kept 0 at 0", "logs 1",
+        "step from 1", "logs 2", "evaluates 2 at 2",
     ]  # fmt: skip
 
 

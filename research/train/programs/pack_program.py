@@ -9,6 +9,7 @@ import jax
 from research.data.metric_sums import Sums
 from research.data.token_batch import Batch
 from research.parallel import mesh as meshes
+from research.parallel import runtime
 from research.tasks import task_registry
 from research.train.programs import pack_arrays, pack_step
 from research.train.programs.device_batches import place_batch
@@ -84,7 +85,9 @@ class InTurn(_Pack):
         return tuple(jax.device_put(each, shardings) for each in self._widened())
 
     def make_step(self) -> Callable[[Any, Any], tuple[Any, Any]]:
-        jitted = pack_step.jit_run_step(self._pack)
+        jitted = runtime.announce_first_call(
+            pack_step.jit_run_step(self._pack), "first step"
+        )
 
         def step(states: Any, batches: Any) -> tuple[Any, Any]:
             made = [
@@ -159,7 +162,9 @@ class Stacked(_Pack):
         return stack(self._widened())
 
     def make_step(self) -> Callable[[Any, Any], tuple[Any, Any]]:
-        jitted = pack_step.jit_train_step(self._pack)
+        jitted = runtime.announce_first_call(
+            pack_step.jit_train_step(self._pack), "first step"
+        )
         return lambda states, batches: jitted(
             self._all_numbers, states, self._frozen, batches
         )

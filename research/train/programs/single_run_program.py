@@ -5,6 +5,7 @@ from typing import Any
 
 from research.data.metric_sums import Sums
 from research.data.token_batch import Batch
+from research.parallel import runtime
 from research.train.programs.device_batches import place_batch
 from research.train.step import train_step
 from research.train.training_run import TrainingRun
@@ -28,7 +29,9 @@ class SingleRunProgram:
     def make_step(self) -> Callable[[Any, Any], tuple[Any, Any]]:
         """The jitted update of (state, batch); the state is donated."""
         frozen = self._run.frozen
-        jitted = train_step.jit_train_step(self._run.definition)
+        jitted = runtime.announce_first_call(
+            train_step.jit_train_step(self._run.definition), "first step"
+        )
         return lambda state, batch: jitted(state, frozen, batch)
 
     def make_eval_step(self) -> Callable[[Any, Any, tuple[int, ...]], Sums]:

@@ -231,6 +231,11 @@ def keep_params(states: Any) -> Any:
     )
 
 
+def is_made(arrays: Any) -> bool:
+    """Whether nothing is left to compute of any of the arrays."""
+    return all(x.is_ready() for x in jax.tree.leaves(arrays))
+
+
 def abstract_params(definition: StepDefinition) -> Params:
     """Shapes of what is trained, each with its sharding."""
     trainable = definition.trainable

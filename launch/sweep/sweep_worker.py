@@ -10,6 +10,7 @@ import fcntl
 import logging
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,16 @@ POLL = 2.0  # seconds between two checks of what other workers have finished
 LOG_EVERY = 30.0  # seconds between two lines of progress
 REPORT_REST = 20  # A report rests this many times as long as it took.
 LOG_BYTES = 2**16  # of the end of a log, where its last message is
+
+
+def _time_of_files(folder: Path) -> float:
+    """When a file that is made now was made, by the clock that marks of failures have.
+
+    That clock lags behind `time.time` by up to 10 ms, and may be of another machine.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime
 
 
 class SweepWorker:
@@ -53,7 +64,7 @@ class SweepWorker:
         self._check = check
         self._packs, self._runs = packs, runs
         self._folder, self._group = folder, group
-        self._begun = time.time()
+        self._begun = _time_of_files(folder)
         self._trained = 0.0  # Steps that this worker has trained.
         self._spent = 0.0  # Seconds that it took, start-up included.
         self.failures: dict[str, int] = {}

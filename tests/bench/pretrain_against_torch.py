@@ -6,8 +6,9 @@
 Both sides start from the same weights and see the same packed batches in the same
 order, made once by this repository's own pipeline; documents are kept apart on both.
 Torch uses `LlamaForCausalLM` with SDPA, `torch.optim.AdamW` and, for bfloat16,
-autocast. Speed is in tokens a second over the steps after a warm-up, the median of
-rounds in turn; `--learn` compares held-out bits per byte at the end.
+autocast. Speed is the tokens a second of the median step after a warm-up, because a
+rented machine can slow some steps; the share of slow ones is printed, too. The median
+of rounds in turn counts. `--learn` compares held-out bits per byte at the end.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 WARMUP_STEPS = 3
+SLOW = 1.25  # times the seconds of the median step
 FIELDS = ("tokens", "targets", "weights", "segments", "positions")
 
 
@@ -82,6 +84,14 @@ def save(path: Path, batches: list[Any]) -> None:
     np.savez(path, **arrays)
 
 
+def speed(steps: list[tuple[int, float]]) -> dict[str, float]:
+    """Of the tokens and seconds of each step: the median, and how many are slow."""
+    rates = [tokens / seconds for tokens, seconds in steps]
+    median = statistics.median(rates)
+    slow = sum(rate < median / SLOW for rate in rates) / len(rates)
+    return {"tokens_per_s": median, "slow_steps": slow}
+
+
 def run_ours(config: Any, dtype: str) -> dict[str, Any]:
     """Trains through the real command and reads its `metrics.jsonl`."""
     with tempfile.TemporaryDirectory() as folder:
@@ -105,8 +115,7 @@ def run_ours(config: Any, dtype: str) -> dict[str, Any]:
     counted = [x for x in lines if x["kind"] == "train" and x["step"] > WARMUP_STEPS]
     last = [x for x in lines if x["kind"] == "eval"][-1]
     return {
-        "tokens_per_s": sum(x["tokens"] for x in counted)
-        / sum(x["step_s"] for x in counted),
+        **speed([(x["tokens"], x["step_s"]) for x in counted]),
         "bits_per_byte": last["bits_per_byte"],
         "peak_rss_gb": counted[-1]["memory_gb"],
     }
@@ -117,7 +126,8 @@ def run_torch(python: str, folder: Path, dtype: str) -> dict[str, Any]:
     command = [python, str(side), f"--folder={folder}", f"--dtype={dtype}"]
     # Both sides inherit one environment, and so one allocator setting.
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    return speed(found.pop("steps")) | found
 
 
 def main() -> None:
@@ -149,7 +159,7 @@ def main() -> None:
 
 
 def show(found: dict[tuple[str, str], list[dict[str, Any]]], dtypes: list[str]) -> None:
-    keys = ("tokens_per_s", "bits_per_byte", "peak_rss_gb")
+    keys = ("tokens_per_s", "bits_per_byte", "peak_rss_gb", "slow_steps")
     for dtype in dtypes:
         ours, torch = (
             [statistics.median(run[key] for run in found[side, dtype]) for key in keys]
@@ -159,7 +169,8 @@ def show(found: dict[tuple[str, str], list[dict[str, Any]]], dtypes: list[str]) 
             f"{dtype}: ours {ours[0]:.0f} tokens/s, torch {torch[0]:.0f}: "
             f"{ours[0] / torch[0]:.2f} times as fast; bits per byte {ours[1]:.4f} and "
             f"{torch[1]:.4f} ({ours[1] / torch[1] - 1:+.2%}); "
-            f"memory {ours[2]:.2f} and {torch[2]:.2f} GB"
+            f"memory {ours[2]:.2f} and {torch[2]:.2f} GB; "
+            f"slow steps {ours[3]:.0%} and {torch[3]:.0%}"
         )
 
 

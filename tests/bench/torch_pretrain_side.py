@@ -64,7 +64,7 @@ def main() -> None:
         betas=(optim["b1"], optim["b2"]),
         eps=optim["eps"],
     )
-    seconds, tokens = 0.0, 0
+    steps = []
     train = batches(arguments.folder / "train.npz")
     for number, batch in enumerate(train, 1):
         begun = time.perf_counter()
@@ -76,8 +76,8 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if number > warmup:
-            seconds += time.perf_counter() - begun
-            tokens += int((batch["segments"] > 0).sum())
+            seconds = time.perf_counter() - begun
+            steps.append((int((batch["segments"] > 0).sum()), seconds))
     model.eval()
     with torch.no_grad():
         nats = sum(
@@ -87,7 +87,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "tokens_per_s": tokens / max(seconds, 1e-9),
+                "steps": steps,
                 "bits_per_byte": nats / np.log(2) / settings["bytes"],
                 "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                 * 1024

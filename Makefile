@@ -145,8 +145,7 @@ $(VENV)/installed: $(VENV)/python-chosen requirements.txt
 $(VENV)/tested: $(VENV)/installed tests/requirements.txt
 	$(PIP) -r tests/requirements.txt
 	@# Tests start hundreds of interpreters, so compile all modules first, on all cores.
-	@# Some packages hold templates that are no Python, which is no error.
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib || echo "the modules above were not compiled, so each start that imports them compiles them"
 	@command -v chromium chromium-browser >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	  apt-get install -qq -y chromium >/dev/null 2>&1; } || echo "no chromium: the tests of the studio in a browser are skipped"
 	@touch $@

@@ -12,5 +12,5 @@ if ! python=$(bash launch/setup/find_python.sh 2>/dev/null); then
   python=$(bash launch/setup/find_python.sh)
 fi
 [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
-"$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
+"$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
   -r requirements.txt "$@"

@@ -90,8 +90,8 @@ def _trained(run: TrainingRun) -> TextGenerator:
 
 
 def _untrained(run: TrainingRun) -> TextGenerator | None:
-    # A pack has compiled its programs with adapters, a single run's base is faster
-    # without. Weights that were drawn are no base model, and have no answers.
+    # A pack has compiled its programs with adapters. The base of a single run is faster
+    # without them. Weights that were drawn are no base model, and have no answers.
     off = None
     if run.shares_programs and run.base.tensors is not None:
         off = run.alike.off(run.state.params, run.frozen)

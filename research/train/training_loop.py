@@ -2,7 +2,8 @@
 
 The order is fixed: evaluate and save, then pull data, then dispatch the step, then log
 the step before it. So the data position in a checkpoint never counts a batch that was
-pulled but not trained, and the devices never wait for a log to be written.
+pulled but not trained, and the devices never wait for a log to be written. A step that
+is over by then is logged at once, so that the next one does not count for its time.
 
 There is one exception: an action at the start may keep a copy of the state that it
 needs, and then the first step is dispatched before it. So a first step that fails does
@@ -93,7 +94,7 @@ def run(
     Args:
       state, batches: after `first` updates, and at their position.
       step_fn: dispatches one update.
-      log: called with (step, batch number, metrics) after the next step is dispatched.
+      log: called with (step, batch number, metrics) after the next dispatch, or sooner.
       resume_clock: called after actions, which do not count as step time.
       stop, requests: both are polled before every step.
       phases: counts the time of each part.

@@ -85,7 +85,7 @@ def save(path: Path, batches: list[Any]) -> None:
 
 
 def speed(steps: list[tuple[int, float]]) -> dict[str, float]:
-    """Of the tokens and seconds of each step: the median, and how many are slow."""
+    """The tokens a second of the median step, and the share of slow ones."""
     rates = [tokens / seconds for tokens, seconds in steps]
     median = statistics.median(rates)
     slow = sum(rate < median / SLOW for rate in rates) / len(rates)

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -61,9 +62,9 @@ def test_both_sides_take_their_steps_in_turn(compare, folders):
     assert (folders / "log").read_text() == "noon" * 4
 
 
-def test_a_side_that_fails_says_why(compare, folders):
+def test_a_side_that_fails_says_why(guard, compare, folders):
     (folders / "o" / "seconds").unlink()
-    with pytest.raises(SystemExit, match=r"lora in .*/o ended with 1:[\s\S]*No such"):
+    with pytest.raises(guard.GuardError, match=r"/o ended with 1:[\s\S]*No such"):
         compare()
 
 
@@ -80,6 +81,15 @@ def test_one_measurement_never_says_slower(guard, monkeypatch):
     verdicts = iter([slow, none])
     monkeypatch.setattr(guard, "compare", lambda *_: next(verdicts))
     assert slow.slower and guard.judge(None, None, "lora", None, 0.0) is none
+
+
+def test_time_is_left_to_measure_again(guard, monkeypatch):
+    ends, begun = [], time.monotonic()
+    slow = guard.Verdict([1.2] * 9, 0.05, 0.05)
+    monkeypatch.setattr(guard, "compare", lambda *args: ends.append(args[-1]) or slow)
+    guard.judge(None, None, "lora", None, begun + 1000)
+    first, second = ends
+    assert first < begun + 520 and second == begun + 1000
 
 
 @pytest.mark.parametrize(
@@ -156,7 +166,7 @@ def test_the_other_commit_is_the_one_that_changes_came_after(guard, tmp_path):
 
 @pytest.mark.parametrize(
     ("other", "minutes", "code", "said"),
-    [("1.0", 9, 1, "SLOWER"), ("1.2", 9, 0, "ok"), ("1.2", 0, 2, "NOT MEASURED")],
+    [("1.0", 9, 1, "SLOWER"), ("1.2", 9, 0, "ok"), ("1.2", 0, 3, "NOT MEASURED")],
 )
 def test_the_exit_code_says_whether_a_job_is_slower(
     guard, folders, monkeypatch, capsys, other, minutes, code, said
@@ -181,3 +191,11 @@ def test_a_job_that_is_slower_once_alone_passes(guard, folders, monkeypatch):
     found = iter([guard.Verdict([x] * 8, 0.05, 0.05) for x in (1.5, 1.0)])
     monkeypatch.setattr(guard, "compare", lambda *_: next(found))
     assert guard.main(["--against=abc", "--jobs=lora"]) == 0
+
+
+@pytest.mark.parametrize("flag", ["--against=no-such-commit", "--jobs=sleep"])
+def test_what_cannot_be_compared_is_no_slower_job(flag):
+    command = [sys.executable, BENCH / "bench_guard.py", flag]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and flag.partition("=")[2] in done.stderr
+    assert "Traceback" not in done.stderr

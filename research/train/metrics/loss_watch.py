@@ -1,8 +1,8 @@
 """The losses of a run decide on an early end, and on saves between the regular ones.
 
-The loss of a step is read while the next step runs. So after step N a run is judged by
-the training losses up to step N - 1, whatever else is done there: a run that resumes at
-step N ends and saves at the same steps as one that was never interrupted.
+The loss of a step may be read while the next step runs. So after step N a run is judged
+by the training losses up to step N - 1, whatever else is done there: a run that resumes
+at step N ends and saves at the same steps as one that was never interrupted.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 The first is called for each run. In the second the step is mapped over states and
 batches; the frozen base has no axis for the runs, so under `vmap` each product with it
 is one larger product. That pays where a product of one run leaves the device idle. A
-CPU is busy with one, and holds the activations of all runs then.
+CPU is busy with one run, and would only hold the activations of all runs longer.
 """
 
 import dataclasses

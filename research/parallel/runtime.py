@@ -91,6 +91,15 @@ def _compute_in_this_thread() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
+def computes_in_this_thread() -> bool:
+    """Whether the call of a program returns when it has computed.
+
+    The answer is that of all processes, and so is what a run does by it.
+    """
+    ahead = jax.config.read("jax_cpu_enable_async_dispatch")
+    return jax.default_backend() == "cpu" and not ahead
+
+
 def _require_devices() -> None:
     """Starts JAX's devices. Raises UserError if there are none."""
     try:

@@ -177,7 +177,7 @@ class _TrainingPass:
                     phases=self._phases,
                     ends=self._ends,
                     beside=self._beside,
-                    is_made=train_step.is_made,
+                    at_once=runtime.computes_in_this_thread(),
                 )
                 with self._phases.during("save"):
                     self._save_last(done, state)

@@ -2,8 +2,9 @@
 
 The order is fixed: evaluate and save, then pull data, then dispatch the step, then log
 the step before it. So the data position in a checkpoint never counts a batch that was
-pulled but not trained, and the devices never wait for a log to be written. A step that
-is over by then is logged at once, so that the next one does not count for its time.
+pulled but not trained, and the devices never wait for a log to be written. Where the
+dispatch of a step is all of it, the step is logged at once: else the time of the next
+one would count as its own.
 
 There is one exception: an action at the start may keep a copy of the state that it
 needs, and then the first step is dispatched before it. So a first step that fails does
@@ -87,7 +88,7 @@ def run(
     phases: PhaseTimer,
     ends: Callable[[int], bool] = lambda step: False,
     beside: Beside = contextlib.nullcontext,
-    is_made: Callable[[Any], bool] = lambda metrics: False,
+    at_once: bool = False,
 ) -> tuple[State, int]:
     """Trains from step `first` to `total`, or until `stop` is due.
 
@@ -100,12 +101,12 @@ def run(
       phases: counts the time of each part.
       ends: whether a step is the last one; an evaluation at this step may decide it.
       beside: its context waits for the first step; its time is no step time.
-      is_made: whether the step of these metrics is over, which is then logged at once.
+      at_once: a step is over when `step_fn` returns, and is logged then.
 
     Returns:
       The state and the number of updates it holds.
     """
-    later = _DelayedLog(log, is_made)
+    later = _DelayedLog(log, at_once)
     acts = _Acts(actions, first, phases, later, beside)
     is_last = lambda step: step == total or ends(step)  # noqa: E731
     phases.enter("compile")
@@ -184,22 +185,16 @@ class _Acts:
 
 
 class _DelayedLog:
-    """Logs a step that is not over when the next one is dispatched, or when called."""
+    """Logs a step when it is called for the next one, or else at once."""
 
-    def __init__(
-        self, log: Callable[[int, int, Any], None], is_made: Callable[[Any], bool]
-    ):
-        self._log, self._is_made = log, is_made
+    def __init__(self, log: Callable[[int, int, Any], None], at_once: bool):
+        self._log, self._at_once = log, at_once
         self._kept: tuple[Any, ...] = ()
 
     def __call__(self, *metrics: Any) -> None:
-        """Logs what is kept, and keeps the arguments of `log` for the next call.
-
-        Those of a step that is over are logged now.
-        """
+        """Logs what is kept, and keeps the arguments of `log` for the next call."""
         kept, self._kept = self._kept, metrics
         if kept:
             self._log(*kept)
-        if metrics and self._is_made(metrics[-1]):
-            self._kept = ()
-            self._log(*metrics)
+        if metrics and self._at_once:
+            self()

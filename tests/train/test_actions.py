@@ -3,8 +3,6 @@
 import contextlib
 import types
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from research.config.run_config import CheckpointConfig, Config, EvalConfig
@@ -12,7 +10,6 @@ from research.runs.control.request_files import CHECKPOINT
 from research.runs.phase_timer import PhaseTimer
 from research.train import fit_runs, training_loop
 from research.train.metrics import throughput
-from research.train.step import train_step
 
 
 @pytest.mark.parametrize("every, expected", [(0, 30), (4, 4)])
@@ -101,7 +98,7 @@ def events_of(*, first=0, total=2, ending=False, requested=(), waits=False):
         ),
         phases=PhaseTimer(),
         beside=beside,
-        is_made=lambda metrics: waits,
+        at_once=waits,
     )
     if "step from 0" in events:  # The clock starts again just before it.
         assert resumed == [events.index("step from 0")]
@@ -121,14 +118,6 @@ def test_a_step_that_is_over_is_logged_before_the_next_one_begins():
         "step from 0", "waits for metrics of 1", "evaluates kept 0 at 0", "logs 1",
         "step from 1", "logs 2", "evaluates 2 at 2",
     ]  # fmt: skip
-
-
-def test_several_processes_log_a_step_at_one_place(monkeypatch):
-    """By its own clock, each would end a run that diverges at another step."""
-    made = {"loss": jnp.ones(3).block_until_ready()}
-    assert train_step.is_made(made)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert not train_step.is_made(made)
 
 
 @pytest.mark.parametrize("without", [{"ending": True}, {"first": 2}])

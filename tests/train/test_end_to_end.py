@@ -8,6 +8,7 @@ import io
 import json
 import re
 import signal
+import statistics
 import textwrap
 
 import jax
@@ -301,6 +302,12 @@ def test_answers_of_training_are_those_of_the_report(place, unbroken):
 def test_metrics_have_every_step_exactly_once(place, unbroken, broken, run):
     assert [x["step"] for x in place.lines(run, "train")] == [*range(1, STEPS + 1)]
     assert [x["step"] for x in place.lines(run, "eval")] == EVALUATIONS
+
+
+def test_no_step_counts_for_the_time_of_another(place, unbroken):
+    """On a CPU a step is over when its call returns, and is logged before the next."""
+    seconds = [line["step_s"] for line in place.lines("unbroken", "train")]
+    assert min(seconds) > statistics.median(seconds) / 8
 
 
 def test_metrics_are_flat_and_pandas_reads_them(place, unbroken):

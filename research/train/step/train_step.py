@@ -231,17 +231,6 @@ def keep_params(states: Any) -> Any:
     )
 
 
-def is_made(arrays: Any) -> bool:
-    """Whether nothing is left to compute of any of the arrays, in a run of one process.
-
-    Each of several processes would answer by its own clock, and so log a step, and end
-    a run that diverges, before or after the next step. For them the answer is no.
-    """
-    if jax.process_count() > 1:
-        return False
-    return all(x.is_ready() for x in jax.tree.leaves(arrays))
-
-
 def abstract_params(definition: StepDefinition) -> Params:
     """Shapes of what is trained, each with its sharding."""
     trainable = definition.trainable

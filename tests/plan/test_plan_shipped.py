@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import in_soak
+from plan_helpers import preset_of
 
 from research.config.run_config import Config, MeshConfig, ModelConfig, from_config_dict
 from research.data.token_batch import Batch
@@ -25,12 +26,6 @@ from research.train.step.definition_from_config import make_step_definition
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("[a-z]*.py"))
 # test_plan.py has a LoRA config; the default model would be read from its file.
 QUICK = ("pretrain_8b", "pretrain_tiny")
-
-
-def preset_of(config):
-    """The shape of a base model on the hub, by the size in its name."""
-    name = config.model.init_from.lower()
-    return f"llama3.1-{'70b' if '70b' in name else '8b'}" if "hub://" in name else ""
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from plan_helpers import EIGHT_B, ONE_B, big_config
+from plan_helpers import EIGHT_B, ONE_B, big_config, preset_of
 
 from launch.jobs.compiler_settings import SETTINGS
 from research.config.run_config import MeshConfig, from_config_dict
@@ -36,8 +36,6 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
 ]
 
-# The models of configs that start from one on the hub.
-SHAPES = {"finetune_8b": "llama3.1-8b"}
 ROOT = Path(__file__).parents[2]
 
 
@@ -76,7 +74,7 @@ def plan():
 def shipped(plan):
     def make(name):
         config = load(name)
-        shape = abstract_step.find_architecture(config, SHAPES.get(name, ""))
+        shape = abstract_step.find_architecture(config, preset_of(config))
         where = config.runtime
         return plan(name, config, shape, where.topology, where.slices)
 
@@ -114,7 +112,7 @@ def test_weights_are_gathered_and_gradients_scattered_on_a_torus_of_three_axes(s
 def test_no_parameter_lies_whole_on_a_chip_that_should_hold_a_part(shipped, name):
     made, _ = shipped(name)
     config = load(name)
-    shape = abstract_step.find_architecture(config, SHAPES.get(name, ""))
+    shape = abstract_step.find_architecture(config, preset_of(config))
     devices = made.target.devices()
     mesh = meshes.make_mesh(config.mesh, devices)
     step = abstract_step.make_abstract_step(config, shape, mesh)

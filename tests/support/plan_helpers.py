@@ -22,3 +22,9 @@ def big_config(kind="full", rows=64, micro=0, mesh=None, remat="full", seq=2048)
         data=DataConfig("text", seq_len=seq, batch_size=rows, microbatch_size=micro),
         text=TextConfig(sources=("web=hub://o/web",)),
     )
+
+
+def preset_of(config):
+    """The shape of a base model on the hub, by the size in its name."""
+    name = config.model.init_from.lower()
+    return f"llama3.1-{'70b' if '70b' in name else '8b'}" if "hub://" in name else ""

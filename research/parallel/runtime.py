@@ -92,9 +92,10 @@ def _compute_in_this_thread() -> None:
 
 
 def computes_in_this_thread() -> bool:
-    """Whether the call of a program returns when it has computed.
+    """Whether the call of a program on one device returns when it has computed.
 
-    The answer is that of all processes, and so is what a run does by it.
+    All processes of a run have the same answer. With several devices a process has to
+    wait for the result of such a call, too.
     """
     ahead = jax.config.read("jax_cpu_enable_async_dispatch")
     return jax.default_backend() == "cpu" and not ahead

@@ -101,7 +101,7 @@ def run(
       phases: counts the time of each part.
       ends: whether a step is the last one; an evaluation at this step may decide it.
       beside: its context waits for the first step; its time is no step time.
-      at_once: a step is over when `step_fn` returns, and is logged then.
+      at_once: a step is logged when `step_fn` returns, since it is over then.
 
     Returns:
       The state and the number of updates it holds.
